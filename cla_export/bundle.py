@@ -1,0 +1,214 @@
+"""The bundle: a flat folder that holds everything needed to run an exported model.
+
+    model.onnx  model.onnx.data       the graph and its weights
+    config.json, generation_config.json, tokenizer files, chat_template.jinja: the model's own
+    genai_config.json                 what onnxruntime-genai reads (onnxruntime target)
+    bundle.json                       ours: KV layout, groups, limits, tool versions, sha256 of all
+
+It is written to a temporary folder beside its destination and renamed when complete, so a bundle is
+never half there. It is verified before use.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from cla_export.errors import BundleError
+from cla_export.layout import KVLayout
+
+SCHEMA = 1
+MANIFEST = "bundle.json"
+GRAPH = "model.onnx"
+WEIGHTS = "model.onnx.data"
+COPIED = (  # from the model folder, where it has them
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "heldout.txt",
+)
+Progress = Callable[[str, int, int], None]  # what is done, bytes or steps done, of how many
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle. `manifest` is bundle.json as written."""
+
+    folder: Path
+    manifest: Mapping[str, object]
+    layout: KVLayout
+
+    @property
+    def target(self) -> str:
+        return cast("str", self.manifest["target"])
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of weights, activations and caches: float32, float16 or bfloat16."""
+        return cast("str", self.manifest["dtype"])
+
+    @property
+    def max_positions(self) -> int:
+        return cast("dict[str, int]", self.manifest["limits"])["max_positions"]
+
+    @property
+    def vocab_size(self) -> int:
+        return cast("dict[str, int]", self.manifest["limits"])["vocab_size"]
+
+    @property
+    def source(self) -> Path:
+        """The model folder it was exported from; it may have moved since."""
+        return Path(cast("dict[str, str]", self.manifest["source"])["folder"])
+
+    @property
+    def graph(self) -> Path:
+        return self.folder / GRAPH
+
+    def config(self) -> dict[str, object]:
+        """The model's own config.json."""
+        text = (self.folder / "config.json").read_text(encoding="utf-8")
+        return cast("dict[str, object]", json.loads(text))
+
+
+@contextlib.contextmanager
+def new_folder(dest: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `dest` if the block ends well, and vanishes if not.
+
+    Raises BundleError when `dest` exists and `force` is false, when the disk cannot hold
+    `needed_bytes`, and when it turns out full while writing.
+    """
+    dest = dest.absolute()
+    if dest.exists() and not force:
+        raise BundleError(f"{dest} exists already; choose another folder or pass --force")
+    if dest.exists() and not _replaceable(dest):
+        raise BundleError(
+            f"{dest} exists and is not a bundle (no {MANIFEST}); --force replaces bundles and empty "
+            "folders only"
+        )
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(dest.parent).free
+        if free < needed_bytes:
+            raise BundleError(
+                f"{dest.parent}: the bundle needs {needed_bytes:,} bytes, the disk has {free:,} free"
+            )
+        partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}.partial-", dir=dest.parent))
+    except OSError as error:
+        raise BundleError(f"{dest}: cannot be written ({error.strerror or error})") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        _swap(partial, dest)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise BundleError(
+                f"{dest.parent}: the disk is full ({error.strerror}); nothing was left behind"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replaceable(dest: Path) -> bool:
+    return dest.is_dir() and ((dest / MANIFEST).is_file() or not any(dest.iterdir()))
+
+
+def _swap(partial: Path, dest: Path) -> None:
+    """Put the finished folder in place; an old one goes only once the new one is there."""
+    if not dest.exists():
+        partial.rename(dest)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{dest.name}.retired-", dir=dest.parent))
+    dest.rename(retired / dest.name)
+    try:
+        partial.rename(dest)
+    except OSError:
+        (retired / dest.name).rename(dest)
+        raise
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, object], progress: Progress) -> None:
+    """Hash every file in the folder and write bundle.json, last."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path, progress)}
+    write_json(folder / MANIFEST, {"schema": SCHEMA, **manifest, "files": files})
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path, progress: Progress | None = None) -> str:
+    digest = hashlib.sha256()
+    size, done = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            done += len(block)
+            if progress is not None:
+                progress(f"sha256 {path.name}", done, size)
+    return digest.hexdigest()
+
+
+def is_bundle(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def open_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
+    """Open a bundle; with `verify` every file is hashed and compared with bundle.json.
+
+    Raises BundleError for a folder that is no bundle, one of a newer schema, one that misses a
+    file, and one whose files were changed after export.
+    """
+    folder = Path(folder)
+    if not is_bundle(folder):
+        kind = "a model folder" if (folder / "config.json").is_file() else "not a bundle"
+        raise BundleError(
+            f"{folder}: {kind if folder.is_dir() else 'not a folder'}; expected a folder with "
+            f"{MANIFEST}, as `cla-export export SRC DEST` writes it"
+        )
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        schema = manifest["schema"]
+        if schema == SCHEMA:
+            layout = KVLayout.from_json(manifest["kv_layout"])
+            files = dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{folder / MANIFEST}: damaged ({error!r}); export again") from error
+    if schema != SCHEMA:
+        raise BundleError(
+            f"{folder / MANIFEST}: schema {schema!r}; this version of cla-export reads {SCHEMA}"
+        )
+    for name, entry in files.items():
+        _check_file(folder / name, entry, verify=verify)
+    return Bundle(folder, manifest, layout)
+
+
+def _check_file(path: Path, entry: Mapping[str, object], *, verify: bool) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path}: missing from the bundle; export again")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise BundleError(
+            f"{path}: {size:,} bytes, {entry['bytes']:,} when exported; it was changed or truncated. "
+            "Export again"
+        )
+    if verify and sha256(path) != entry["sha256"]:
+        raise BundleError(f"{path}: changed after export (its sha256 differs); export again")

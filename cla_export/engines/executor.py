@@ -1,0 +1,117 @@
+"""The one interface that parity, generate, bench and serve drive, and what all executors share.
+
+A pool per group, [slots, kv_heads, capacity, head_dim], is allocated once and written in place. A
+step runs on the view of consecutive slots, so no cache is ever copied. Rows are checked before a
+step: one that would write outside its slot fails alone, before anything is computed.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cla_export.errors import BadInput
+from cla_export.layout import KVLayout
+
+Logits = NDArray[np.float32]
+Cache = tuple[NDArray[np.generic], NDArray[np.generic]]  # keys, values: [slots, Hkv, C, D]
+
+
+class Executor(Protocol):
+    """Runs steps of one model over its own slots."""
+
+    layout: KVLayout
+    capacity: int  # tokens a slot can hold
+    slots: int
+    vocab_size: int
+
+    def prefill(self, slot: int, tokens: Sequence[int], start: int, keep: int = 1) -> Logits:
+        """Append a chunk of tokens to a slot that holds `start`; logits [keep, V] of its last."""
+
+    def prefill_rows(self, first: int, rows: Sequence[Sequence[int]]) -> Logits:
+        """Start consecutive slots with prompts of different lengths; logits [B, V]."""
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """Append one token to each of consecutive slots that hold `lengths`; logits [B, V]."""
+
+    def cache(self, group: int) -> Cache:
+        """The group's pools, as they are: views, not copies."""
+
+
+class PooledExecutor(ABC):
+    """Checks rows and arranges them as a batch; a runtime implements `_run` and `cache`."""
+
+    def __init__(self, layout: KVLayout, capacity: int, slots: int, vocab_size: int) -> None:
+        if capacity < 1 or slots < 1:
+            raise BadInput(f"capacity is {capacity} and slots {slots}; both must be at least 1")
+        self.layout = layout
+        self.capacity = capacity
+        self.slots = slots
+        self.vocab_size = vocab_size
+
+    def prefill(self, slot: int, tokens: Sequence[int], start: int, keep: int = 1) -> Logits:
+        if not 1 <= keep <= len(tokens):
+            raise BadInput(f"keep is {keep}; expected 1 to {len(tokens)}, the tokens of the chunk")
+        return self._step(slot, [tokens], [start], keep)[0]
+
+    def prefill_rows(self, first: int, rows: Sequence[Sequence[int]]) -> Logits:
+        return self._step(first, rows, [0] * len(rows), 1)[:, 0]
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+        if not len(slots) == len(tokens) == len(lengths):
+            raise BadInput(
+                f"{len(slots)} slots, {len(tokens)} tokens and {len(lengths)} lengths; expected as "
+                "many of each"
+            )
+        if list(slots) != list(range(slots[0], slots[0] + len(slots))):
+            raise BadInput(f"slots are {list(slots)}; a step runs on consecutive slots")
+        return self._step(slots[0], [[token] for token in tokens], lengths, 1)[:, 0]
+
+    def _step(
+        self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int], keep: int
+    ) -> Logits:
+        self._check_rows(first, rows, starts)
+        counts = np.array([len(row) for row in rows], np.int64)
+        input_ids = np.zeros((len(rows), int(counts.max())), np.int64)  # padded on the right
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row)] = row
+        return self._run(first, input_ids, np.array(starts, np.int64), counts, keep)
+
+    def _check_rows(
+        self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> None:
+        if not rows or first < 0 or first + len(rows) > self.slots:
+            raise BadInput(
+                f"slots {first} to {first + len(rows) - 1}; expected some of 0 to {self.slots - 1}"
+            )
+        longest = max(len(row) for row in rows)
+        for slot, (row, start) in enumerate(zip(rows, starts, strict=True), first):
+            if not row:
+                raise BadInput(f"slot {slot}: no tokens; a step appends at least one")
+            if start < 0 or start + longest > self.capacity:
+                raise BadInput(
+                    f"slot {slot}: {start} tokens held and {longest} new ones; the capacity is "
+                    f"{self.capacity} tokens"
+                )
+            for token in row:
+                if not 0 <= token < self.vocab_size:
+                    raise BadInput(
+                        f"slot {slot}: token id {token}; the vocabulary is 0 to {self.vocab_size - 1}"
+                    )
+
+    @abstractmethod
+    def _run(
+        self,
+        first: int,
+        input_ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        keep: int,
+    ) -> Logits:
+        """Run checked rows: input_ids [B, S], starts and counts [B]; logits [B, keep, V]."""
+
+    @abstractmethod
+    def cache(self, group: int) -> Cache:
+        """The group's pools."""

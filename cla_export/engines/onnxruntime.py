@@ -1,0 +1,128 @@
+"""The ONNX Runtime executor: a bundle's graph over pools bound as past and present at once."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cla_export.bundle import Bundle
+from cla_export.engines.executor import Cache, Logits, PooledExecutor
+from cla_export.errors import BadInput, BundleError, MissingEnvironment
+from cla_export.rewrite.keep_last_logits import KEEP
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_NUMPY = {"float32": np.float32, "float16": np.float16}
+_QUIET = 3  # log errors only; ONNX Runtime warns about overridable initialisers, which we use
+
+
+class OnnxRuntimeExecutor(PooledExecutor):
+    """Runs a bundle on ONNX Runtime's CPU provider.
+
+    Args:
+        bundle: an opened bundle of target `onnxruntime` or `portable`.
+        capacity: tokens a slot can hold; at most the model's positions (None: all of them).
+        slots: rows that can run side by side.
+        threads: intra-operator threads, None for ONNX Runtime's own choice.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        capacity: int | None = None,
+        slots: int = 1,
+        threads: int | None = None,
+    ) -> None:
+        if bundle.dtype not in _NUMPY:
+            raise MissingEnvironment(
+                f"{bundle.folder}: dtype {bundle.dtype}; ONNX Runtime's CPU provider computes "
+                f"{' and '.join(_NUMPY)}. Export with --dtype fp32, or run it on a GPU"
+            )
+        limit = bundle.max_positions
+        if capacity is not None and capacity > limit:
+            raise BadInput(f"capacity is {capacity}; the model has {limit} positions")
+        super().__init__(bundle.layout, capacity or limit, slots, bundle.vocab_size)
+        self._ort, self._session = _open(bundle.graph, threads)
+        self._by_mask = bundle.target == "onnxruntime"
+        dtype = _NUMPY[bundle.dtype]
+        self._pools: list[Cache] = []
+        for group in self.layout.groups:
+            shape = (slots, group.kv_heads, self.capacity, group.head_dim)
+            self._pools.append((np.zeros(shape, dtype), np.zeros(shape, dtype)))
+        self._views: dict[tuple[int, int], list[tuple[str, Any]]] = {}
+
+    def cache(self, group: int) -> Cache:
+        return self._pools[group]
+
+    def _run(
+        self,
+        first: int,
+        input_ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        keep: int,
+    ) -> Logits:
+        rows, length = input_ids.shape
+        if self._by_mask and rows > 1 and length > 1 and starts.any():
+            raise BadInput(
+                f"{rows} rows of up to {length} new tokens, some after held ones: "
+                "GroupQueryAttention takes several rows only for first prompts and for decode; "
+                "prefill one slot at a time"
+            )
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", input_ids)
+        wanted = np.array(keep, np.int64)  # kept alive until the run: OrtValue only aliases it
+        binding.bind_ortvalue_input(KEEP, self._ort.OrtValue.ortvalue_from_numpy(wanted))
+        for name, array in self._lengths(starts, counts, length).items():
+            binding.bind_cpu_input(name, array)
+        for name, value in self._views_of(first, rows):
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        binding.bind_output("logits")
+        self._session.run_with_iobinding(binding)
+        logits: NDArray[np.generic] = binding.get_outputs()[-1].numpy()  # bound last
+        return logits.astype(np.float32, copy=False)
+
+    def _lengths(
+        self, starts: NDArray[np.int64], counts: NDArray[np.int64], length: int
+    ) -> dict[str, NDArray[np.int64]]:
+        held = starts + counts
+        if not self._by_mask:
+            return {"write_indices": starts, "kv_lengths": held}
+        width = int((starts + length).max())
+        return {"attention_mask": (np.arange(width) < held[:, None]).astype(np.int64)}
+
+    def _views_of(self, first: int, rows: int) -> list[tuple[str, Any]]:
+        """Cache name -> OrtValue over the consecutive slots; aliases the pool, which we keep."""
+        if (first, rows) not in self._views:
+            self._views[first, rows] = [
+                (f"{group}.{part}", self._ort.OrtValue.ortvalue_from_numpy(pool[first : first + rows]))
+                for group, pools in enumerate(self._pools)
+                for part, pool in zip(("key", "value"), pools, strict=True)
+            ]
+        return self._views[first, rows]
+
+
+def _open(graph: "Path", threads: int | None) -> tuple[Any, Any]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingEnvironment(
+            "onnxruntime is not installed; pip install 'cla-export[cpu]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _QUIET
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(
+            str(graph), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime's own exception types derive from Exception alone
+        raise BundleError(
+            f"{graph}: ONNX Runtime {onnxruntime.__version__} cannot open it: {error}"
+        ) from error
+    return onnxruntime, session
+

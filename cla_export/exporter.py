@@ -1,0 +1,171 @@
+"""export: a model folder becomes a bundle. Trace, rewrite, lower, write, hash, rename."""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cla_export import __version__
+from cla_export.bundle import (
+    COPIED,
+    GRAPH,
+    WEIGHTS,
+    Bundle,
+    Progress,
+    new_folder,
+    open_bundle,
+    sha256,
+    write_json,
+    write_manifest,
+)
+from cla_export.errors import BadInput
+from cla_export.genai import genai_config
+from cla_export.lower import check_target
+from cla_export.models.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from cla_export.lower import Lowered
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_SMALL = 1024  # bytes; smaller constants stay inside model.onnx
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+
+
+def _silent(_what: str, _done: int, _of: int) -> None:
+    pass
+
+
+def export(
+    source: Path | str,
+    dest: Path | str,
+    *,
+    target: str = "onnxruntime",
+    dtype: str = "fp32",
+    force: bool = False,
+    progress: Progress = _silent,
+) -> Bundle:
+    """Export a model folder to a bundle.
+
+    Args:
+        source: model folder with config.json and safetensors weights.
+        dest: folder to create; refused if it exists, unless `force`.
+        target: what the graph is lowered for, `onnxruntime` or `portable`.
+        dtype: `fp32`, `fp16` or `bf16`, of weights, activations and caches. Conversion happens
+            tensor by tensor while writing; fp32 holds every checkpoint exactly.
+        force: replace an existing bundle.
+        progress: called with (what, done, of) as work goes on.
+
+    Raises:
+        BadInput: the source, the destination or an option is wrong; nothing is left behind.
+        GraphError: the traced graph cannot be understood, or contradicts the config.
+    """
+    import torch
+
+    from cla_export import weights
+    from cla_export.models import family_of
+    from cla_export.rewrite import rewrite
+    from cla_export.trace import trace
+
+    check_target(target)
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    source, dest = Path(source), Path(dest)
+    steps = 5
+    progress("read the model folder", 0, steps)
+    checkpoint = open_checkpoint(source)
+    spec = checkpoint.spec
+    torch_dtype: torch.dtype = getattr(torch, DTYPES[dtype])
+    needed = spec.parameters() * torch_dtype.itemsize
+    with new_folder(dest, force=force, needed_bytes=needed) as folder:
+        family = family_of(checkpoint.config)
+        progress("trace", 1, steps)
+        stateless = trace(family, spec, torch_dtype)
+        progress("rewrite", 2, steps)
+        canonical = rewrite(stateless, spec.layout)
+        progress("lower", 3, steps)
+        lowered = lower_for(target, canonical.model, checkpoint)
+        progress("write", 4, steps)
+        weights.attach(lowered.model, checkpoint, family.constants(spec))
+        _write_graph(lowered.model, folder, progress)
+        _copy_files(checkpoint, folder, target)
+        write_manifest(folder, _manifest(checkpoint, lowered, DTYPES[dtype]), progress)
+        progress("write", 5, steps)
+    return open_bundle(dest, verify=False)
+
+
+def lower_for(target: str, canonical: "ir.Model", checkpoint: Checkpoint) -> "Lowered":
+    """Lower a checkpoint's canonical graph."""
+    from cla_export.lower import lower
+
+    return lower(target, canonical, checkpoint.spec.layout)
+
+
+def _write_graph(model: "ir.Model", folder: Path, progress: Progress) -> None:
+    import onnx_ir as ir
+
+    def tensor_written(_tensor: object, info: ir.external_data.CallbackInfo) -> None:
+        progress("weights", info.index + 1, info.total)
+
+    ir.save(
+        model,
+        folder / GRAPH,
+        external_data=WEIGHTS,
+        size_threshold_bytes=_SMALL,
+        callback=tensor_written,
+        max_workers=1,
+    )
+
+
+def _copy_files(checkpoint: Checkpoint, folder: Path, target: str) -> None:
+    for name in COPIED:
+        path = checkpoint.folder / name
+        if path.is_file():
+            (folder / name).write_bytes(path.read_bytes())
+    if target == "onnxruntime":
+        generation = folder / "generation_config.json"
+        content = json.loads(generation.read_text("utf-8")) if generation.is_file() else {}
+        config = genai_config(checkpoint.spec, checkpoint.config, content)
+        write_json(folder / "genai_config.json", config)
+
+
+def _manifest(checkpoint: Checkpoint, lowered: "Lowered", dtype: str) -> dict[str, object]:
+    spec = checkpoint.spec
+    graph = lowered.model.graph
+    weight_files = sorted({entry.path for entry in checkpoint.tensors.values()})
+    hashed = [checkpoint.folder / "config.json", *weight_files]
+    return {
+        "cla_export": __version__,
+        "target": lowered.target,
+        "dtype": dtype,
+        "kv_layout": spec.layout.to_json(),
+        "groups": [
+            {
+                "index": group.index,
+                "owner": group.owner,
+                "layers": list(group.layers),
+                "kv_heads": group.kv_heads,
+                "head_dim": group.head_dim,
+                "window": group.window,
+                "attention": lowered.attention[group.index],
+                "reason": lowered.reasons[group.index],
+            }
+            for group in spec.layout.groups
+        ],
+        "inputs": [value.name for value in graph.inputs],
+        "outputs": [value.name for value in graph.outputs],
+        "limits": {"max_positions": spec.max_positions, "vocab_size": spec.vocab_size},
+        "source": {
+            "folder": str(checkpoint.folder.absolute()),
+            "sha256": {path.name: sha256(path) for path in hashed},
+        },
+        "tools": {name: found for name in _TOOLS if (found := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,46 @@
+"""Lowering: the canonical graph becomes what one runtime runs best. One file a target.
+
+A target is a module with `lower(model, layout)`, which edits the copy it is given and returns, for
+each group, the operator that group's attention ended up as.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+
+import onnx_ir as ir
+
+from cla_export.errors import BadInput
+from cla_export.layout import KVLayout
+
+TARGETS: Mapping[str, str] = {
+    "onnxruntime": "cla_export.lower.onnxruntime",
+    "portable": "cla_export.lower.portable",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A graph for one target. `attention[g]` is the operator of group g, `reasons[g]` why."""
+
+    target: str
+    model: ir.Model
+    attention: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+def check_target(target: str) -> str:
+    """Return a target's name; refuse an unknown one with the list of those there are."""
+    if target not in TARGETS:
+        raise BadInput(f"target is {target!r}; expected one of {', '.join(sorted(TARGETS))}")
+    return target
+
+
+def lower(target: str, canonical: ir.Model, layout: KVLayout) -> Lowered:
+    """Lower a canonical graph to a target; the canonical graph is left as it is."""
+    module = import_module(TARGETS[check_target(target)])
+    model = canonical.clone()
+    choices: list[tuple[str, str]] = module.lower(model, layout)
+    return Lowered(
+        target, model, tuple(operator for operator, _ in choices), tuple(why for _, why in choices)
+    )

@@ -1,0 +1,172 @@
+"""A model folder: config.json, model.safetensors, tokenizer.json, generation_config.json.
+
+`open_checkpoint` checks all of it against the config before anybody computes with it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cla_export.errors import BadInput
+from cla_export.models import family_of
+from cla_export.models.safetensors_index import TensorEntry, read_index
+from cla_export.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from cla_export.models.cla import ClaDecoder
+
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model folder whose config and weights agree."""
+
+    folder: Path
+    config: Mapping[str, object]
+    spec: ModelSpec
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most weight bytes are stored in: float32, float16 or bfloat16."""
+        sizes: dict[str, int] = {}
+        for entry in self.tensors.values():
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        return names[max(sizes, key=lambda dtype: sizes[dtype])]
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """Parse a folder's config.json; refuse what is not a model folder."""
+    if not folder.is_dir():
+        kind = "is a file" if folder.exists() else "does not exist"
+        raise BadInput(f"{folder}: {kind}; expected a model folder with a config.json")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BadInput(f"{folder}: not a model folder, it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise BadInput(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a model folder, checking every weight's name, shape, dtype and presence."""
+    config = read_config(folder)
+    spec = family_of(config).read_spec(config)
+    tensors = read_index(folder)
+    _check_weights(folder, spec, tensors)
+    return Checkpoint(folder, config, spec, {name: tensors[name] for name in spec.weights()})
+
+
+def _check_weights(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorEntry]) -> None:
+    expected = spec.weights()
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise BadInput(f"{folder}: weight {name} is missing; {_hint(name, spec)}")
+        entry = tensors[name]
+        if entry.shape != shape:
+            raise BadInput(
+                f"{folder}: weight {name} has shape {list(entry.shape)}, config.json says "
+                f"{list(shape)}; one of the two belongs to another model"
+            )
+        if entry.dtype not in _FLOATS:
+            raise BadInput(
+                f"{folder}: weight {name} is {entry.dtype}; expected one of {', '.join(_FLOATS)}"
+            )
+    for name in tensors:
+        if name in expected or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name == "lm_head.weight":
+            _check_tied_copy(folder, tensors)
+            continue
+        raise BadInput(f"{folder}: unexpected weight {name}; {_hint(name, spec)}")
+
+
+def _hint(name: str, spec: ModelSpec) -> str:
+    parts = name.split(".")
+    if len(parts) > 2 and parts[1] == "layers" and parts[2].isdigit():
+        layer = int(parts[2])
+        if layer >= spec.num_layers:
+            return f"config.json has num_hidden_layers {spec.num_layers}"
+        owner = spec.layout.kv_owner[layer]
+        if any(part in parts for part in ("k_proj", "v_proj", "k_norm", "kv_layernorm")):
+            role = "is an owner" if owner == layer else f"is a sharer of layer {owner}"
+            options = f"separate_kv_norm {spec.separate_kv_norm}, qk_norm {spec.qk_norm}"
+            return (
+                f"by config.json's KV layout layer {layer} {role} ({options}): "
+                "correct kv_owner or those options"
+            )
+    if name == "lm_head.weight":
+        return "config.json says tie_word_embeddings false; set it to true if the head is tied"
+    return "config.json describes another model than these weights (or lacks an option)"
+
+
+def _check_tied_copy(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
+    copies = []
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        entry = tensors[name]
+        with entry.path.open("rb") as file:
+            file.seek(entry.offset)
+            copies.append(file.read(entry.nbytes))
+    if copies[0] != copies[1]:
+        raise BadInput(
+            f"{folder}: config.json says tie_word_embeddings true, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set tie_word_embeddings to false"
+        )
+
+
+def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | None" = None) -> "ClaDecoder":
+    """Build the checkpoint's module with its weights, in evaluation mode.
+
+    `dtype` None means float32, to which every checkpoint dtype converts exactly.
+    """
+    import torch  # noqa: PLC0415
+    from safetensors import safe_open  # noqa: PLC0415
+
+    dtype = dtype or torch.float32
+    model = family_of(checkpoint.config).build(checkpoint.spec)
+    parameters = dict(model.named_parameters())
+    by_file: dict[Path, list[str]] = {}
+    for entry in checkpoint.tensors.values():
+        by_file.setdefault(entry.path, []).append(entry.name)
+    with torch.no_grad():
+        for path, names in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    parameters[name].copy_(file.get_tensor(name))
+    for parameter in parameters.values():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def save_checkpoint(
+    model: "ClaDecoder",
+    folder: Path,
+    config: Mapping[str, object],
+    *,
+    generation_config: Mapping[str, object] | None = None,
+    dtype: "torch.dtype | None" = None,
+) -> None:
+    """Write an ordinary model folder: config.json, generation_config.json, model.safetensors."""
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("config.json", config),
+        ("generation_config.json", generation_config or {}),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    parameters = {  # a tied head appears once
+        name: parameter.detach().to(dtype or parameter.dtype).contiguous()
+        for name, parameter in model.named_parameters()
+    }
+    save_file(parameters, folder / "model.safetensors", metadata={"format": "pt"})

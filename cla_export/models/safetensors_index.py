@@ -1,0 +1,86 @@
+"""Where each tensor of a checkpoint lies: read from safetensors headers, no data touched.
+
+Source: the safetensors format (8-byte little-endian header size, JSON header, raw data).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cla_export.errors import BadInput
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor in one safetensors file. `offset` counts bytes from the start of the file."""
+
+    name: str
+    path: Path
+    dtype: str  # as safetensors spells it: F32, BF16, ...
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_index(folder: Path) -> dict[str, TensorEntry]:
+    """Index a model folder's weights, one file or shards named by an index file."""
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.is_file():
+        shards = _shards_of(index_file)
+    elif (folder / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    else:
+        raise BadInput(
+            f"{folder}: no model.safetensors and no model.safetensors.index.json; the folder must "
+            "hold the model's weights in safetensors format"
+        )
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards:
+        entries |= read_header(folder / shard)
+    return entries
+
+
+def _shards_of(index_file: Path) -> list[str]:
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BadInput(f"{index_file}: not a safetensors index ({error!r})") from error
+    for shard in shards:
+        if not (index_file.parent / shard).is_file():
+            raise BadInput(f"{index_file}: names {shard}, which is not in the folder")
+    return shards
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Read one file's header and check that the file holds every byte it promises."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_size > size - 8:
+            raise BadInput(
+                f"{path}: truncated or not a safetensors file (the header should take "
+                f"{header_size} bytes, the file has {size}); download or save it again"
+            )
+        try:
+            header = json.loads(file.read(header_size))
+        except ValueError as error:
+            raise BadInput(f"{path}: its safetensors header is not JSON ({error})") from error
+    data_start = 8 + header_size
+    entries = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        if data_start + end > size:
+            raise BadInput(
+                f"{path}: truncated; tensor {name} ends at byte {data_start + end}, the file has "
+                f"{size}; download or save it again"
+            )
+        shape = tuple(entry["shape"])
+        entries[name] = TensorEntry(
+            name, path, entry["dtype"], shape, data_start + begin, end - begin
+        )
+    return entries

@@ -1,0 +1,57 @@
+"""Fuse rotary: RoPE written by hand becomes one RotaryEmbedding, with the model's own angles.
+
+The cosines and sines stay what PyTorch computed or stored: they enter the operator as [B, S, D/2],
+gathered once per graph, and are never recomputed from theta (an ulp in an inverse frequency is
+5e-4 of angle at position 8192).
+
+Cases, on x [B, H, S, D] with cos and sin unsqueezed at axis 1 from [B, S, D/2]:
+1. halves: Concat(x1 * cos - x2 * sin, x2 * cos + x1 * sin), x1 and x2 from one Split of the last
+   axis in two.
+"""
+
+import onnx_ir as ir
+from onnxscript.rewriter import MatchResult, RewriteRuleSet
+from onnxscript.rewriter.pattern import OpsetPatternBuilder, RewriteRule
+
+from cla_export.rewrite.report import PassReport, Skip, describe
+from cla_export.rewrite.values import ints, producer
+
+
+def fuse_rotary(model: ir.Model) -> PassReport:
+    report = PassReport("fuse_rotary")
+
+    def check(_context: object, x: ir.Value, cos: ir.Value, sin: ir.Value, **_: object) -> MatchResult:
+        result = MatchResult()
+        for name, table in (("cos", cos), ("sin", sin)):
+            unsqueeze = producer(table, "Unsqueeze")
+            if unsqueeze is None or ints(unsqueeze.inputs[1]) != [1]:
+                reason, got = f"{name} is not [B, 1, S, D/2] unsqueezed at axis 1", table.shape
+            elif x.shape is None or len(x.shape) != 4:
+                reason, got = "x is not [B, H, S, D]", x.shape
+            else:
+                continue
+            consumer = next(iter(x.consumers()))
+            report.skips.append(Skip(describe(consumer), reason, str(got)))
+            return result.fail(reason, table)
+        return result
+
+    rule = RewriteRule(_halves, _replacement, check, name="rotary_halves")
+    report.fired = RewriteRuleSet([rule], commute=True).apply_to_model(model)
+    return report
+
+
+def _halves(op: OpsetPatternBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+    first, second = op.Split(x, _allow_other_attributes=True, _outputs=["first", "second"])
+    return op.Concat(
+        op.Sub(op.Mul(first, cos), op.Mul(second, sin)),
+        op.Add(op.Mul(second, cos), op.Mul(first, sin)),
+        axis=-1,
+    )
+
+
+def _replacement(
+    op: ir.tape.Tape, x: ir.Value, cos: ir.Value, sin: ir.Value, **_: object
+) -> ir.Value:
+    cos_rows = cos.producer().inputs[0]  # type: ignore[union-attr]  # checked: an Unsqueeze
+    sin_rows = sin.producer().inputs[0]  # type: ignore[union-attr]
+    return op.RotaryEmbedding(x, cos_rows, sin_rows)  # type: ignore[attr-defined,no-any-return]

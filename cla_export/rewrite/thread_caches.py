@@ -1,0 +1,162 @@
+"""Thread caches: one key and one value cache per group, as graph inputs and outputs.
+
+Before: Attention reads K and V of this call's tokens, positions come from `position_ids`.
+After, for group g and cache capacity C (every dimension but heads and head_dim is dynamic):
+
+    past_key_values.{g}.key    [B, Hkv, C, D]  --TensorScatter at write_indices-->  present.{g}.key
+    Attention(q, present.{g}.key, present.{g}.value, mask?, "", "", frontier, is_causal=1)
+
+    write_indices [B] int64   tokens each row holds already: where its new ones go
+    kv_lengths    [B] int64   tokens each row holds afterwards; less than write_indices + S where a
+                              row of the batch is padded on the right
+    frontier = write_indices + S, positions = write_indices + 0..S-1
+
+Padded queries see padded keys only beyond every valid query's frontier, and what they write is
+overwritten before anyone reads it. A sliding window adds a mask, since opset 24 has no attribute
+for it. Sources: ONNX operators Attention-24 and TensorScatter-24.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from cla_export.errors import GraphError
+from cla_export.layout import KVLayout
+from cla_export.rewrite.group_attention import LAYER
+from cla_export.rewrite.report import PassReport
+from cla_export.rewrite.simplify import named_constant
+from cla_export.rewrite.values import attention_nodes
+
+OPSET = 24
+IR_VERSION = 11  # newer ONNX packages default to more than ONNX Runtime reads
+SCOPE = "cla.scope"  # metadata key: where a node that a pass made belongs
+GROUP = "cla.group"  # metadata key of an Attention or TensorScatter node
+INT64 = ir.TensorType(ir.DataType.INT64)
+
+
+def thread_caches(model: ir.Model, layout: KVLayout) -> PassReport:
+    report = PassReport("thread_caches")
+    graph = model.graph
+    inputs = {value.name: value for value in graph.inputs}
+    for name in ("input_ids", "position_ids"):
+        if name not in inputs:
+            raise GraphError(
+                f"the graph has no input {name!r} (it has {', '.join(map(str, inputs))}); expected "
+                "input_ids [B, S] and position_ids [B, S]"
+            )
+    model.opset_imports[""] = OPSET
+    model.ir_version = IR_VERSION
+    input_ids, position_ids = inputs["input_ids"], inputs["position_ids"]
+    _rename_axes(graph, input_ids)
+    write_indices = ir.Value(name="write_indices", type=INT64, shape=ir.Shape(["batch"]))
+    kv_lengths = ir.Value(name="kv_lengths", type=INT64, shape=ir.Shape(["batch"]))
+
+    lengths = _Lengths(graph, input_ids, write_indices)
+    position_ids.replace_all_uses_with(lengths.positions)
+    graph.inputs[:] = [input_ids, write_indices, kv_lengths]
+    attentions = attention_nodes(graph)
+    for group in layout.groups:
+        owner = attentions[group.owner]
+        presents = [
+            _cache(graph, owner.inputs[slot], f"{group.index}.{part}", group.index, write_indices)
+            for slot, part in ((1, "key"), (2, "value"))
+        ]
+        for layer in group.layers:
+            node = attentions[layer]
+            assert node.metadata_props[LAYER] == str(layer)
+            node.metadata_props[GROUP] = str(group.index)
+            mask = None
+            if group.window is not None:
+                mask = lengths.window_mask(group.window, presents[0], group.index)
+            node.resize_inputs(7)
+            for slot, value in ((1, presents[0]), (2, presents[1]), (3, mask), (6, lengths.frontier)):
+                node.replace_input_with(slot, value)
+            if "scale" not in node.attributes:
+                scale = 1.0 / float(np.sqrt(group.head_dim))
+                node.attributes["scale"] = ir.AttrFloat32("scale", scale)
+            report.fired += 1
+    graph.sort()
+    return report
+
+
+def _rename_axes(graph: ir.Graph, input_ids: ir.Value) -> None:
+    """The tracer's symbols for the axes of input_ids [B, S] become `batch` and `sequence`."""
+    shape = input_ids.shape
+    if shape is None or len(shape) != 2 or any(isinstance(dim, int) for dim in shape):
+        raise GraphError(f"input_ids has shape {shape}; expected [B, S] with both axes dynamic")
+    names = {shape[0]: "batch", shape[1]: "sequence"}
+    values = [output for node in graph for output in node.outputs]
+    for value in (*graph.inputs, *values):
+        if value.shape is not None:
+            value.shape = ir.Shape([names.get(dim, dim) for dim in value.shape])
+
+
+def _cache(
+    graph: ir.Graph, new: ir.Value | None, name: str, group: int, write_indices: ir.Value
+) -> ir.Value:
+    """Add one cache input, its TensorScatter and its output; return the present value."""
+    assert new is not None and new.shape is not None and new.dtype is not None
+    shape = ir.Shape(["batch", new.shape[1], "capacity", new.shape[3]])
+    kind = ir.TensorType(new.dtype)
+    past = ir.Value(name=f"past_key_values.{name}", type=kind, shape=shape)
+    present = ir.Value(name=f"present.{name}", type=kind, shape=shape)
+    tape = ir.tape.Tape(graph)
+    tape.op(
+        "TensorScatter",
+        [past, new, write_indices],
+        {"axis": 2, "mode": "linear"},
+        output=present,
+        metadata_props={SCOPE: f"cache.{name.replace('.', '/')}", GROUP: str(group)},
+    )
+    graph.inputs.append(past)
+    graph.outputs.append(present)
+    return present
+
+
+class _Lengths:
+    """Values derived from the row lengths, each made once per graph."""
+
+    def __init__(self, graph: ir.Graph, input_ids: ir.Value, write_indices: ir.Value) -> None:
+        self._graph = graph
+        self._masks: dict[tuple[int, str], ir.Value] = {}
+        self._zero = named_constant(graph, np.array(0, np.int64), "zero")
+        self._one = named_constant(graph, np.array(1, np.int64), "one")
+        self._axis_1 = named_constant(graph, np.array([1], np.int64), "axis_1")
+        length = self._op("Shape", [input_ids], {"start": 1, "end": 2}, shape=[1])  # [S]
+        self.frontier = self._op("Add", [write_indices, length], shape=["batch"])
+        count = self._op("Squeeze", [length], shape=[])
+        steps = self._op("Range", [self._zero, count, self._one], shape=["sequence"])
+        starts = self._op("Unsqueeze", [write_indices, self._axis_1], shape=["batch", 1])
+        self.positions = self._op("Add", [starts, steps], shape=["batch", "sequence"])
+
+    def window_mask(self, window: int, cache: ir.Value, group: int) -> ir.Value:
+        """Bool [B, 1, S, C]: true where a key is less than `window` behind the query."""
+        capacity = str(group)
+        if (window, capacity) not in self._masks:
+            length = self._op("Shape", [cache], {"start": 2, "end": 3}, shape=[1])
+            count = self._op("Squeeze", [length], shape=[])
+            keys = self._op("Range", [self._zero, count, self._one], shape=["capacity"])
+            axes = named_constant(self._graph, np.array([1, 3], np.int64), "axes_1_3")
+            queries = self._op("Unsqueeze", [self.positions, axes], shape=["batch", 1, "sequence", 1])
+            width = named_constant(self._graph, np.array(window, np.int64), f"window_{window}")
+            oldest = self._op("Sub", [queries, width], shape=["batch", 1, "sequence", 1])
+            self._masks[window, capacity] = self._op(
+                "Greater",
+                [keys, oldest],
+                shape=["batch", 1, "sequence", "capacity"],
+                dtype=ir.DataType.BOOL,
+            )
+        return self._masks[window, capacity]
+
+    def _op(
+        self,
+        op_type: str,
+        inputs: list[ir.Value],
+        attributes: dict[str, int] | None = None,
+        *,
+        shape: list[int | str],
+        dtype: ir.DataType = ir.DataType.INT64,
+    ) -> ir.Value:
+        tape = ir.tape.Tape(self._graph)
+        value = tape.op(op_type, inputs, attributes, metadata_props={SCOPE: "lengths"})
+        value.shape, value.type = ir.Shape(shape), ir.TensorType(dtype)
+        return value

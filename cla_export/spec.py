@@ -1,0 +1,96 @@
+"""ModelSpec: what a decoder is, in numbers. Frozen, read from a config, needs no framework."""
+
+from dataclasses import dataclass, replace
+
+from cla_export.layout import KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The dimensions of a decoder-only transformer whose layers may share KV.
+
+    `weights` maps each parameter's name to its shape; everything that is counted (parameters,
+    FLOPs, what a checkpoint must hold) is read off it, so the counts cannot drift from the model.
+    """
+
+    model_type: str
+    layout: KVLayout
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    q_heads: int
+    max_positions: int
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool = True
+    separate_kv_norm: bool = False
+    qk_norm: bool = False
+    attention_bias: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        return self.layout.num_layers
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each parameter of a checkpoint; Linear weights are [out, in].
+
+        Names are a Hugging Face Llama's. A sharer has no k_proj, v_proj or k_norm; an owner with
+        `separate_kv_norm` has `kv_layernorm` beside `input_layernorm` (CLA paper, section 3.1).
+        """
+        hidden, ffn = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        for i in range(self.num_layers):
+            dim = self.layout.head_dim[i]
+            q_width, kv_width = self.q_heads * dim, self.layout.kv_heads[i] * dim
+            owner = self.layout.is_owner(i)
+            layer = f"model.layers.{i}."
+            projections = {"q_proj": (q_width, hidden), "o_proj": (hidden, q_width)}
+            if owner:
+                projections |= {"k_proj": (kv_width, hidden), "v_proj": (kv_width, hidden)}
+            for name, shape in projections.items():
+                shapes[f"{layer}self_attn.{name}.weight"] = shape
+                if self.attention_bias:
+                    shapes[f"{layer}self_attn.{name}.bias"] = shape[:1]
+            if self.qk_norm:
+                shapes[f"{layer}self_attn.q_norm.weight"] = (dim,)
+                if owner:
+                    shapes[f"{layer}self_attn.k_norm.weight"] = (dim,)
+            shapes[f"{layer}input_layernorm.weight"] = (hidden,)
+            if self.separate_kv_norm and owner:
+                shapes[f"{layer}kv_layernorm.weight"] = (hidden,)
+            shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
+            shapes[f"{layer}mlp.gate_proj.weight"] = (ffn, hidden)
+            shapes[f"{layer}mlp.up_proj.weight"] = (ffn, hidden)
+            shapes[f"{layer}mlp.down_proj.weight"] = (hidden, ffn)
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.tie_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        return shapes
+
+    def parameters(self, *, matrices_only: bool = False) -> int:
+        """Number of parameters; `matrices_only` leaves out norms and biases, as the paper does."""
+        total = 0
+        for shape in self.weights().values():
+            if len(shape) == 2:
+                total += shape[0] * shape[1]
+            elif not matrices_only:
+                total += shape[0]
+        return total
+
+    def flops_per_token(self, context: int) -> int:
+        """Forward FLOPs for one token that attends to `context` tokens (a multiply-add is two).
+
+        Matrix products and the attention core; norms, RoPE and softmax are left out. The core's
+        share does not change with CLA: every sharer reads the whole cache (paper, section 2.3).
+        """
+        embedding = self.vocab_size * self.hidden_size
+        products = self.parameters(matrices_only=True) - embedding  # the lookup is no product ...
+        products += embedding if self.tie_embeddings else 0  # ... but a tied head is one
+        core = 0
+        for dim, window in zip(self.layout.head_dim, self.layout.window, strict=True):
+            core += 2 * self.q_heads * dim * (context if window is None else min(context, window))
+        return 2 * (products + core)
+
+    def dense_twin(self) -> "ModelSpec":
+        """The same model where every layer projects and caches its own K and V."""
+        return replace(self, layout=self.layout.dense_twin())
