@@ -8,13 +8,13 @@
 | a bundle | bundle.json, config.json and the graph, which must agree |
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from cla_export.bundle import MANIFEST, is_bundle, open_bundle
 from cla_export.errors import BadInput, BundleError, GraphError, LayoutError, MissingEnvironment
 from cla_export.layout import DTYPE_BITS, KVLayout, layout_from_config
 from cla_export.models import FAMILIES, family_of
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Kind = Literal["config", "model", "graph", "bundle"]
 ASSUMED_DTYPE = "bfloat16"
 DEFAULT_CONTEXT = 2048  # tokens attended to, for FLOPs
-BUNDLE_SCHEMA = 1
 _LARGEST_CONSTANT = 1024  # elements; bigger initialisers are weights, which nothing here reads
 _PAST_SLOT = {"Attention": 4, "GroupQueryAttention": 3}  # where past_key stands, past_value next
 
@@ -120,7 +119,7 @@ def inspect(path: Path | str, *, context: int | None = None) -> Inspection:
         return _inspect_graph(path)
     if path.name == "config.json" and path.is_file():
         return _inspect_folder(path.parent, context, weights=False)
-    if path.is_dir() and (path / "bundle.json").is_file():
+    if path.is_dir() and is_bundle(path):
         return _inspect_bundle(path, context)
     if path.is_dir():
         return _inspect_folder(path, context, weights=any(path.glob("*.safetensors*")))
@@ -165,29 +164,17 @@ def _inspect_folder(folder: Path, context: int | None, *, weights: bool) -> Insp
 
 
 def _inspect_bundle(folder: Path, context: int | None) -> Inspection:
-    file = folder / "bundle.json"
-    for name in ("config.json", "model.onnx"):
-        if not (folder / name).is_file():
-            raise BundleError(f"{folder}: the bundle has no {name}; export the model again")
-    try:
-        bundle = json.loads(file.read_text(encoding="utf-8"))
-        schema, dtype, target = bundle["schema"], str(bundle["dtype"]), str(bundle["target"])
-        layout = KVLayout.from_json(bundle["kv_layout"])
-    except (ValueError, KeyError, TypeError, LayoutError) as error:
-        raise BundleError(
-            f"{file}: not a bundle's description ({error!r}); export again"
-        ) from error
-    if schema != BUNDLE_SCHEMA:
-        raise BundleError(
-            f"{file}: schema is {schema!r}, this version reads {BUNDLE_SCHEMA}; export the model "
-            "again, or use the cla-export that wrote it"
-        )
+    bundle = open_bundle(folder, verify=False)  # hashing gigabytes is not for a look
+    layout, dtype = bundle.layout, str(bundle.manifest.get("dtype"))
     if dtype not in DTYPE_BITS:
-        raise BundleError(f"{file}: dtype is {dtype!r}; expected one of {', '.join(DTYPE_BITS)}")
+        raise BundleError(
+            f"{folder / MANIFEST}: dtype is {dtype!r}; expected one of {', '.join(DTYPE_BITS)}; "
+            "export the model again"
+        )
     config = read_config(folder)
     spec, notes = _spec_if_known(config)
     promised = layout_from_config(config) if spec is None else spec.layout
-    facts, found, _, graph_notes = _read_graph(folder / "model.onnx")
+    facts, found, _, graph_notes = _read_graph(bundle.graph)
     wanted = 2 * layout.num_groups
     checks = (
         Check(
@@ -215,7 +202,7 @@ def _inspect_bundle(folder: Path, context: int | None) -> Inspection:
         dtype=(dtype, "bundle.json"),
         context=context,
         notes=[*notes, *graph_notes],
-        target=target,
+        target=str(bundle.manifest.get("target")),
         graph=facts,
         checks=checks,
     )
@@ -530,7 +517,9 @@ def _stateless_layout(model: "ir.Model") -> tuple[KVLayout, str]:
 
     for initializer in model.graph.initializers.values():
         tensor = initializer.const_value
-        if isinstance(tensor, ir.ExternalTensor) or (tensor and tensor.size > _LARGEST_CONSTANT):
+        if tensor is None:
+            continue
+        if isinstance(tensor, ir.ExternalTensor) or tensor.size > _LARGEST_CONSTANT:
             initializer.const_value = None
     for find in (simplify, strip_repeat_kv, hoist_key_scale, classify_masks):
         find(model)

@@ -35,29 +35,13 @@ LAYERS = 8
 VOCAB = 2048
 POSITIONS = 2048
 CONFIG = {
-    "model_type": "cla",
-    "vocab_size": VOCAB,
-    "hidden_size": 192,
-    "intermediate_size": 544,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "kv_owner": [layer - layer % 2 for layer in range(LAYERS)],
-    "separate_kv_norm": True,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": POSITIONS,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "dtype": "bfloat16",
-    **IDS,
-}
-PROMPTS = (  # and the temperature to sample with
-    ("In the beginning", 0.0),
-    ("In the beginning", 0.7),
-    ("Psalms 23\nThe LORD is my shepherd;", 0.7),
-    ("And Jesus said unto them,", 0.7),
-)
+    "model_type": "cla", "vocab_size": VOCAB, "hidden_size": 192, "intermediate_size": 544,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64,
+    "kv_owner": [layer - layer % 2 for layer in range(LAYERS)], "separate_kv_norm": True,
+    "tie_word_embeddings": True, "max_position_embeddings": POSITIONS, "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6, "dtype": "bfloat16", **IDS,
+}  # fmt: skip
+PROMPTS = ("Verily, verily, I say unto you,", "In the beginning God created", "And it came to pass")
 CARD = """---
 license: apache-2.0
 language: en
@@ -67,11 +51,11 @@ language: en
 A small decoder with Cross-Layer Attention, trained to have something real to export, compare and
 serve. It writes English in the manner of the King James Bible and knows nothing else.
 
-- **Architecture**: MQA-CLA2, {parameters} parameters in {dtype}: {num_hidden_layers} layers in pairs
-  that share one KV cache, kv_owner {kv_owner}; hidden size {hidden_size};
-  {num_attention_heads} query heads and one KV head of {head_dim}; SwiGLU of width {intermediate_size};
-  RMSNorm, a separate one before K and V; RoPE, {max_position_embeddings} positions; tied embeddings.
-  Byte-level BPE of {vocab_size} tokens, which adds no `<bos>` by itself.
+- **Architecture**: MQA-CLA2, {parameters} parameters in {dtype}; {num_hidden_layers} layers, two
+  to each KV cache (kv_owner {kv_owner}); hidden size {hidden_size},
+  {num_attention_heads} query heads and one KV head of {head_dim}, SwiGLU of {intermediate_size},
+  RMSNorm with a separate one before K and V, RoPE, {max_position_embeddings} positions, tied
+  embeddings. Byte-level BPE of {vocab_size} tokens, which adds no `<bos>` by itself.
 - **Data**: the King James Bible from Debian's bible-kjv-text, a heading such as `Genesis 1`, then
   one verse a line. Of the chapters counted from 0, those with remainder 10 modulo 40 chose the
   step to stop at, those with remainder 30 were held out; heldout.txt has the shortest of these.
@@ -82,7 +66,7 @@ serve. It writes English in the manner of the King James Bible and knows nothing
   `{settings}`
 - **Licence**: weights Apache-2.0; the text is in the public domain.
 
-Completions:
+Completions of 100 tokens. Greedily it falls into loops, as small models do; sampling reads better.
 {samples}"""
 
 
@@ -248,9 +232,10 @@ def write_card(folder: Path, tokenizer: Tokenizer, held_out: list[str], **run: o
     tokens = sum(len(chapter) - 1 for chapter in encoded)
     size = sum(len(chapter.encode()) for chapter in held_out)
     nats = mean_loss(model, encoded)
+    runs = [(PROMPTS[0], 0.0), *((prompt, 0.9) for prompt in PROMPTS)]
     samples = [
-        f"\n{f'Temperature {heat}' if heat else 'Greedy'}:\n\n```text\n{text}\n```\n"
-        for heat, text in ((heat, complete(model, tokenizer, text, heat)) for text, heat in PROMPTS)
+        f"\nTemperature {heat}:\n\n```text\n{complete(model, tokenizer, prompt, heat)}\n```\n"
+        for prompt, heat in runs
     ]
     card = CARD.format(
         **CONFIG,
@@ -262,7 +247,7 @@ def write_card(folder: Path, tokenizer: Tokenizer, held_out: list[str], **run: o
         samples="".join(samples),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    shortest = sorted(held_out, key=len)[:5]
+    shortest = sorted(held_out, key=len)[:4]
     (folder / "heldout.txt").write_text("\n\n".join(shortest) + "\n", encoding="utf-8")
     print(card)
 
@@ -292,8 +277,8 @@ def main() -> None:
     save(model.cpu(), tokenizer, folder)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
     run = (
-        f"{sum(map(len, encoded)):,} tokens, best at step {step}; {seconds:.0f} s on one {name}, "
-        f"PyTorch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+        f"{sum(map(len, encoded)):,} tokens, best at step {step}; {seconds:.0f} s on one {name},"
+        f"\n  PyTorch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     )
     write_card(folder, tokenizer, chapters[30::40], device=device, run=run, settings=settings)
 

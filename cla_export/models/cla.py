@@ -123,8 +123,9 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = spec.layout.head_dim[layer]
         self.is_owner = spec.layout.is_owner(layer)
+        self.q_heads, self.kv_heads = spec.q_heads, spec.layout.kv_heads[layer]
         q_width = spec.q_heads * self.head_dim
-        kv_width = spec.layout.kv_heads[layer] * self.head_dim
+        kv_width = self.kv_heads * self.head_dim
         bias = spec.attention_bias
         self.q_proj = nn.Linear(spec.hidden_size, q_width, bias=bias)
         self.o_proj = nn.Linear(q_width, spec.hidden_size, bias=bias)
@@ -136,13 +137,13 @@ class Attention(nn.Module):
 
     def project_kv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> KV:
         """K (normed, then rotated) and V of an owner, [B, Hkv, S, D]: what the cache holds."""
-        key, value = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        key, value = self._split(self.k_proj(x), self.kv_heads), self._split(self.v_proj(x), self.kv_heads)
         if self.k_norm is not None:
             key = self.k_norm(key)
         return rotate(key.transpose(1, 2), *rope), value.transpose(1, 2)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV, mask: Tensor | None) -> Tensor:
-        query = self._heads(self.q_proj(x))  # [B, S, Hq, D]
+        query = self._split(self.q_proj(x), self.q_heads)  # [B, S, Hq, D]
         if self.q_norm is not None:
             query = self.q_norm(query)
         query = rotate(query.transpose(1, 2), *rope)
@@ -151,8 +152,8 @@ class Attention(nn.Module):
         )
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(*x.shape[:-1], heads, self.head_dim)
 
 
 class MLP(nn.Module):

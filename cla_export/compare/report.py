@@ -1,0 +1,100 @@
+"""What the gate found, as data."""
+
+from dataclasses import asdict, dataclass, field
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """One output of one case. Errors are absolute unless named otherwise."""
+
+    case: str
+    output: str  # logits, or cache.{group}.key / .value
+    group: int | None
+    passed: bool
+    max_error: float
+    mean_error: float
+    rms: float  # of the reference
+    tolerance: float
+    worst: str  # where: row, position
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyResult:
+    """Free-running greedy generation from one prompt."""
+
+    prompt: int
+    tokens: int
+    agreeing: int
+    near_ties: int
+    first_divergence: int | None
+    gap: float | None  # between the reference's best logit and the bundle's choice, there
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexityResult:
+    """Perplexity per token on the text, both sides over the same windows."""
+
+    text: str
+    tokens: int
+    reference: float
+    bundle: float
+    difference: float  # relative
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first tensor in execution order that differs, found by marking every layer's outputs."""
+
+    layer: int | None
+    group: int | None
+    tensor: str
+    error: float
+    tolerance: float
+    detail: str
+
+
+@dataclass(slots=True)
+class ParityReport:
+    """The gate's whole answer."""
+
+    bundle: str
+    reference: str
+    target: str
+    dtype: str
+    backend: str
+    tokens: str
+    length: int
+    tensors: list[TensorResult] = field(default_factory=list)
+    greedy: list[GreedyResult] = field(default_factory=list)
+    perplexity: PerplexityResult | None = None
+    divergence: Divergence | None = None
+    tools: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        parts = [*self.tensors, *self.greedy, *([self.perplexity] if self.perplexity else [])]
+        return bool(self.tensors) and all(part.passed for part in parts)
+
+    @property
+    def greedy_agreement(self) -> float:
+        """Share of free-running tokens that agree, 0 to 1."""
+        total = sum(result.tokens for result in self.greedy)
+        return sum(result.agreeing for result in self.greedy) / total if total else 1.0
+
+    def worst(self, output: str) -> TensorResult:
+        """The result with the largest error among an output's cases."""
+        return max((r for r in self.tensors if r.output == output), key=lambda r: r.max_error)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "schema": SCHEMA,
+            "passed": self.passed,
+            "greedy_agreement": self.greedy_agreement,
+            **asdict(self),
+        }
