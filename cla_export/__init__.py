@@ -1,7 +1,73 @@
 """cla-export: deploy decoders with cross-layer KV sharing.
 
-The functions here are the command line's commands; they load PyTorch, ONNX Runtime and the rest
-only when called.
+The functions here are the command line's commands, and load PyTorch, ONNX Runtime and the rest only
+when called:
+
+    inspect(path)  export(source, dest)  parity(bundle)  load(bundle)  plan(source, ...)  doctor()
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cla_export.bundle import Bundle
+    from cla_export.compare.report import ParityReport
+    from cla_export.environment import Diagnosis
+    from cla_export.generation import LoadedModel
+    from cla_export.inspection import Inspection
+    from cla_export.planning import Plan
+
 __version__ = "0.1.0"
+__all__ = ["demo_checkpoint", "doctor", "export", "inspect", "load", "parity", "plan"]
+
+# Each forwards to the module that does the work, and documents the options there.
+# ruff: noqa: ANN401
+
+
+def inspect(path: Path | str) -> "Inspection":
+    """Describe a config, a model folder, an .onnx file or a bundle. See `inspection.inspect`."""
+    from cla_export import inspection
+
+    return inspection.inspect(path)
+
+
+def export(source: Path | str, dest: Path | str, **options: Any) -> "Bundle":
+    """Export a model folder to a bundle. See `exporter.export`."""
+    from cla_export import exporter
+
+    return exporter.export(source, dest, **options)
+
+
+def parity(
+    bundle: "Bundle | Path | str", reference: Path | str | None = None, **options: Any
+) -> "ParityReport":
+    """Compare a bundle with its PyTorch model. See `compare.gate.compare_bundle`."""
+    from cla_export.compare import gate
+
+    return gate.compare_bundle(bundle, reference, **options)
+
+
+def load(bundle: "Bundle | Path | str", **options: Any) -> "LoadedModel":
+    """Open a bundle for running. See `generation.load`."""
+    from cla_export import generation
+
+    return generation.load(bundle, **options)
+
+
+def plan(source: Path | str, **options: Any) -> "Plan":
+    """Which layouts fit a memory budget, and how many slots. See `planning.plan`."""
+    from cla_export import planning
+
+    return planning.plan(source, **options)
+
+
+def doctor() -> "Diagnosis":
+    """What is installed, and what each target would need. See `environment.doctor`."""
+    from cla_export import environment
+
+    return environment.doctor()
+
+
+def demo_checkpoint() -> Path:
+    """The model folder that ships with the package: a small trained MQA-CLA2 decoder."""
+    return Path(__file__).parent / "data" / "demo"

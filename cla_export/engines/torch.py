@@ -38,9 +38,8 @@ class TorchExecutor(PooledExecutor):
         positions = torch.from_numpy(starts[:, None] + np.arange(input_ids.shape[1]))
         cache = _SlotView(self._pools, first, positions)
         logits = self._model(torch.from_numpy(input_ids), positions, cache)
-        last = torch.from_numpy(counts)[:, None] - keep + torch.arange(keep)  # [B, keep]
-        rows = torch.arange(len(counts))[:, None]
-        result: Logits = logits[rows, last.clamp(min=0)].float().numpy()
+        kept = (torch.from_numpy(counts)[:, None] - keep).clamp(min=0) + torch.arange(keep)
+        result: Logits = logits[torch.arange(len(counts))[:, None], kept].float().numpy()
         return result
 
 

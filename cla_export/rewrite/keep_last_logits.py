@@ -1,11 +1,12 @@
-"""Keep last logits: compute the head for the last tokens of each row only.
+"""Keep last logits: let the caller have the head computed for the last tokens of each row only.
 
 A prompt's logits weigh prompt * vocabulary numbers, and generation reads one row of them. The
-gather moves in front of the head, so only what is asked for is multiplied.
+gather stands in front of the head, so only what is asked for is multiplied.
 
-    logits_to_keep  int64 scalar, default 1 (an initialiser a caller may override)
-    logits          [B, n, V] with n = min(logits_to_keep, S): each row's last n valid tokens, the
-                    last one last; a row with fewer repeats its first
+    logits_to_keep  int64 scalar, an initialiser a caller may override; by default all are kept,
+                    which is what onnxruntime-genai expects
+    logits          [B, n, V] with n = min(logits_to_keep, S): each row's last n valid tokens in
+                    order; a row with fewer than n has them first, and padding after them
 
 Cases:
 1. The logits come from MatMul (and elementwise operators after it): gather before the MatMul.
@@ -20,6 +21,7 @@ from cla_export.rewrite.simplify import named_constant
 from cla_export.rewrite.thread_caches import SCOPE
 
 KEEP = "logits_to_keep"
+ALL = 2**31 - 1
 _ELEMENTWISE = ("Add", "Mul", "Div", "Tanh", "Cast", "Identity")
 
 
@@ -70,7 +72,7 @@ def _head(logits: ir.Value) -> ir.Node | None:
 def _rows(graph: ir.Graph, tape: ir.tape.Tape) -> ir.Value:
     """Indices [B, logits_to_keep, 1] of each row's last valid tokens among this call's S."""
     inputs = {value.name: value for value in graph.inputs}
-    keep = named_constant(graph, np.array(1, np.int64), KEEP)
+    keep = named_constant(graph, np.array(ALL, np.int64), KEEP)
     graph.inputs.append(keep)
     zero, one = (named_constant(graph, np.array(n, np.int64), name) for n, name in ((0, "zero"), (1, "one")))
     axis_1 = named_constant(graph, np.array([1], np.int64), "axis_1")
@@ -85,7 +87,7 @@ def _rows(graph: ir.Graph, tape: ir.tape.Tape) -> ir.Value:
         "Shape", [inputs["input_ids"]], {"start": 1, "end": 2}, metadata_props=scope
     )
     count = op("Min", keep, op("Squeeze", length))  # n; also keeps shape inference from fixing it
-    first_kept = op("Sub", new_tokens, count)
+    first_kept = op("Max", op("Sub", new_tokens, count), zero)
     steps = op("Range", zero, count, one)  # [n]
     index = op("Add", op("Unsqueeze", first_kept, axis_1), steps)  # [B, n]
-    return op("Unsqueeze", op("Max", index, zero), last_axis)
+    return op("Unsqueeze", index, last_axis)

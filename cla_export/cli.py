@@ -1,0 +1,278 @@
+"""The command line: each command parses, calls one public function, renders. Thin on purpose.
+
+Results go to standard output (as JSON with --json), everything else to standard error. Exit codes:
+0 done, 1 a check failed, 2 bad input, 3 a missing package or device, 130 interrupted.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import cla_export
+from cla_export.errors import CheckFailed, ClaExportError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cla_export.bundle import Progress
+
+app = typer.Typer(
+    name="cla-export",
+    help="Deploy decoders with cross-layer KV sharing: export, prove, run. One cache per group.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Target(str, Enum):
+    """What a graph is lowered for."""
+
+    onnxruntime = "onnxruntime"
+    portable = "portable"
+
+
+class DType(str, Enum):
+    """Dtype of weights, activations and caches."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class Backend(str, Enum):
+    """What runs a bundle."""
+
+    onnxruntime = "onnxruntime"
+    torch = "torch"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Source = Annotated[Path, typer.Argument(help="Model folder: config.json, model.safetensors, ...")]
+BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, as export writes it.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
+Threads = Annotated[int | None, typer.Option(help="Intra-operator threads.")]
+
+
+def main() -> None:
+    """Entry point: turns our exceptions into messages and exit codes."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        app()
+    except ClaExportError as error:
+        _console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _console(stderr=True).print("interrupted; nothing was left half-written")
+        raise SystemExit(130) from None
+
+
+def _stop(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt  # unwinds, so that temporary folders go
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001  # Typer's callback form
+    if wanted:
+        typer.echo(f"cla-export {cla_export.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: cla-export inspect my-model")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A config, a model folder, an .onnx file, a bundle.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show which layers share a cache, and what sharing saves against the dense twin."""
+    from cla_export.inspection_view import render
+
+    found = cla_export.inspect(path)
+    _show(found.to_json()) if as_json else render(found, _console())
+
+
+@app.command(epilog="Example: cla-export export my-model my-bundle --target onnxruntime")
+def export(
+    source: Source,
+    dest: Annotated[Path, typer.Argument(help="Folder to create.")],
+    target: Annotated[Target, typer.Option(help="What to lower the graph for.")] = Target.onnxruntime,
+    dtype: Annotated[DType, typer.Option(help="Weights, activations and caches.")] = DType.fp32,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export a model folder to a bundle: an ONNX graph with one KV cache per layer group."""
+    with _progress() as progress:
+        bundle = cla_export.export(
+            source, dest, target=target.value, dtype=dtype.value, force=force, progress=progress
+        )
+    if as_json:
+        _show(dict(bundle.manifest))
+        return
+    console = _console()
+    console.print(f"[bold green]exported[/] {dest}: {bundle.layout.describe()}", highlight=False)
+    saved = bundle.layout.dense_twin().bytes_per_token(bundle.dtype)
+    console.print(
+        f"  {bundle.target}, {bundle.dtype}; KV cache {bundle.layout.bytes_per_token(bundle.dtype):,} "
+        f"bytes per token, {saved:,} without sharing",
+        highlight=False,
+    )
+    for reason in sorted({f"{g['attention']}: {g['reason']}" for g in _groups(bundle.manifest)}):
+        console.print(f"  {reason}", highlight=False)
+
+
+@app.command(epilog="Example: cla-export parity my-bundle --report parity-report")
+def parity(
+    bundle: BundleFolder,
+    reference: Annotated[Path | None, typer.Option(help="Model folder to compare with.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for JSON, JUnit and Markdown.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text for prompts and perplexity.")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove a bundle equal to its PyTorch model; exit 1 if it is not."""
+    from cla_export.compare.files import divergence_sentence, write_report
+    from cla_export.compare.view import render
+
+    with _progress() as progress:
+        found = cla_export.parity(bundle, reference, text=text, threads=threads, progress=progress)
+    if report is not None:
+        write_report(found, report)
+    _show(found.to_json()) if as_json else render(found, _console())
+    if not found.passed:
+        raise CheckFailed(f"{bundle}: not equal to its PyTorch model; {divergence_sentence(found)}")
+
+
+@app.command(epilog='Example: cla-export generate my-bundle "In the beginning" -n 64')
+def generate(
+    bundle: BundleFolder,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option("-n", "--tokens", help="New tokens at most.")] = 64,
+    backend: Annotated[Backend, typer.Option(help="What runs the bundle.")] = Backend.onnxruntime,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling: probability mass kept.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt, streaming the text."""
+    from cla_export.sampling import Sampler
+
+    model = cla_export.load(bundle, backend=backend.value, threads=threads)
+    pieces = model.stream(prompt, tokens, Sampler(temperature, top_p, seed))
+    if as_json:
+        _show({"prompt": prompt, "text": "".join(pieces)})
+        return
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command(epilog="Example: cla-export plan my-model --memory 16GiB --context 8192")
+def plan(
+    source: Annotated[Path, typer.Argument(help="Model folder, or its config.json.")],
+    memory: Annotated[str, typer.Option(help="Memory for weights and caches, such as 16GiB.")],
+    context: Annotated[int, typer.Option(help="Tokens each slot must hold.")],
+    batch: Annotated[int | None, typer.Option(help="Slots wanted side by side.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Weights and caches.")] = DType.bf16,
+    plot: Annotated[Path | None, typer.Option(help="Draw slots by context: .png or .svg.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which KV layouts fit a memory budget, and how many slots each leaves room for."""
+    from cla_export import planning_view
+
+    found = cla_export.plan(source, memory=memory, context=context, batch=batch, dtype=dtype.value)
+    if plot is not None:
+        planning_view.plot(found, plot)
+    _show(found.to_json()) if as_json else planning_view.render(found, _console())
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed, and what each target would need."""
+    from cla_export.environment_view import render
+
+    found = cla_export.doctor()
+    _show(found.to_json()) if as_json else render(found, _console())
+
+
+@app.command(epilog="Example: cla-export demo my-demo-bundle")
+def demo(
+    dest: Annotated[Path, typer.Argument(help="Bundle folder to write.")] = Path("demo-bundle"),
+    force: Force = False,
+) -> None:
+    """Run the main job on the model that ships here: inspect, export, parity, generate."""
+    source = cla_export.demo_checkpoint()
+    steps: list[tuple[str, Any, dict[str, Any]]] = [
+        (f"inspect {source}", inspect, {"path": source}),
+        (f"export {source} {dest}", export, {"source": source, "dest": dest, "force": force}),
+        (f"parity {dest}", parity, {"bundle": dest}),
+    ]
+    prompt = "And it came to pass"
+    sampling = {"tokens": 96, "temperature": 0.7, "seed": 3}
+    flags = " ".join(f"--{name} {value}" for name, value in sampling.items())
+    steps.append((f'generate {dest} "{prompt}" {flags}', generate, _generation(dest, prompt, sampling)))
+    console = _console(stderr=True)
+    for line, command, options in steps:
+        console.print(f"\n[bold cyan]$ cla-export {_escape(line)}[/]", highlight=False)
+        command(**options)
+
+
+def _generation(dest: Path, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    return {"bundle": dest, "prompt": prompt, **sampling}
+
+
+def _groups(manifest: Any) -> Any:  # noqa: ANN401  # parsed JSON
+    return manifest["groups"]
+
+
+def _show(content: object) -> None:
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+def _console(*, stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def _progress() -> Iterator["Progress"]:
+    """A progress bar on standard error where that is a terminal, silence elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = _console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("start", total=None)
+
+        def update(what: str, done: int, of: int) -> None:
+            bar.update(task, description=what, completed=done, total=of)
+
+        yield update
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The gate's report as files: JSON for machines, JUnit XML for CI, Markdown for people."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+from cla_export.compare.report import ParityReport, TensorResult
+
+
+def write_report(report: ParityReport, folder: Path) -> list[Path]:
+    """Write parity.json, parity.xml and parity.md into a folder, made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "parity.json": json.dumps(report.to_json(), indent=2) + "\n",
+        "parity.xml": to_junit(report),
+        "parity.md": to_markdown(report),
+    }
+    for name, text in contents.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in contents]
+
+
+def to_junit(report: ParityReport) -> str:
+    """One test case per case and output, one per generation, one for perplexity."""
+    rows: list[tuple[str, str, bool, str]] = [
+        (f"parity.{r.case}", r.output, r.passed, _sentence(r)) for r in report.tensors
+    ]
+    for greedy in report.greedy:
+        text = f"{greedy.agreeing} of {greedy.tokens} tokens agree, {greedy.near_ties} near-ties"
+        rows.append(("parity.greedy", f"prompt {greedy.prompt}", greedy.passed, text))
+    if (score := report.perplexity) is not None:
+        text = (
+            f"{score.bundle:.6g}, reference {score.reference:.6g} "
+            f"(relative difference {score.difference:.2g}, allowed {score.tolerance:.2g})"
+        )
+        rows.append(("parity.perplexity", score.text, score.passed, text))
+    failures = sum(not passed for _, _, passed, _ in rows)
+    suite = ET.Element(
+        "testsuite", name="cla-export parity", tests=str(len(rows)), failures=str(failures), errors="0"
+    )
+    for classname, name, passed, text in rows:
+        case = ET.SubElement(suite, "testcase", classname=classname, name=name)
+        if not passed:
+            ET.SubElement(case, "failure", message=text).text = divergence_sentence(report) or text
+    ET.indent(suite)
+    return ET.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def to_markdown(report: ParityReport) -> str:
+    verdict = "passed" if report.passed else "FAILED"
+    lines = [
+        f"### Parity {verdict}: `{Path(report.bundle).name}`",
+        "",
+        f"{report.target} · {report.dtype} · against PyTorch in float32 · {report.tokens} · rows of "
+        f"{report.length} tokens",
+        "",
+        "| case | logits: max error | allowed | caches: max error | allowed | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(result.case for result in report.tensors):
+        rows = [result for result in report.tensors if result.case == case]
+        logits = next(result for result in rows if result.output == "logits")
+        cache = worst_cache(rows)
+        ok = "pass" if all(result.passed for result in rows) else "**FAIL**"
+        lines.append(
+            f"| {case} | {logits.max_error:.2e} | {logits.tolerance:.1e} | {cache.max_error:.2e} "
+            f"({cache.output}) | {cache.tolerance:.1e} | {ok} |"
+        )
+    lines += ["", *(f"- {summary}" for summary in summaries(report))]
+    tools = ", ".join(f"{name} {version}" for name, version in report.tools.items())
+    return "\n".join([*lines, "", tools, ""])
+
+
+def worst_cache(rows: list[TensorResult]) -> TensorResult:
+    """The cache result closest to, or furthest beyond, its tolerance."""
+    caches = [result for result in rows if result.group is not None]
+    return max(caches, key=lambda result: result.max_error / result.tolerance)
+
+
+def summaries(report: ParityReport) -> list[str]:
+    """The rest of the verdict, a sentence each."""
+    lines = []
+    if report.greedy:
+        tokens = sum(result.tokens for result in report.greedy)
+        ties = sum(result.near_ties for result in report.greedy)
+        tie_note = f", {ties} near-ties" if ties else ""
+        lines.append(
+            f"greedy, free-running: {report.greedy_agreement:.1%} of {tokens} tokens agree{tie_note}"
+        )
+    for result in report.greedy:
+        if not result.passed:
+            lines.append(
+                f"greedy prompt {result.prompt}: first differs at token {result.first_divergence}, "
+                f"where the reference prefers its own by {result.gap:.3g}"
+            )
+    if (score := report.perplexity) is not None:
+        lines.append(
+            f"perplexity on {score.text} ({score.tokens} tokens): {score.bundle:.4f}, reference "
+            f"{score.reference:.4f} (relative difference {score.difference:.1e}, allowed "
+            f"{score.tolerance:.1e})"
+        )
+    if sentence := divergence_sentence(report):
+        lines.append(sentence)
+    return lines + report.notes
+
+
+def divergence_sentence(report: ParityReport) -> str | None:
+    """Where it went wrong first, or that no layer's output differs on a plain prompt."""
+    if report.passed:
+        return None
+    if (first := report.divergence) is not None:
+        return (
+            f"first divergence: layer {first.layer}, group {first.group}, {first.tensor}: off by "
+            f"{first.error:.3g}, allowed {first.tolerance:.2g} ({first.detail})"
+        )
+    failed = next((result for result in report.tensors if not result.passed), None)
+    if failed is None:
+        return "no tensor differs beyond its tolerance; only generation or perplexity does"
+    where = "the logits" if failed.group is None else f"group {failed.group}'s cache"
+    return (
+        f"first divergence: {where} in case {failed.case}; no layer's output differs on a first "
+        "prompt, so look at the head, the lengths, or what is written to the caches"
+    )
+
+
+def _sentence(result: TensorResult) -> str:
+    verdict = "within" if result.passed else "beyond"
+    return (
+        f"max error {result.max_error:.3g} at {result.worst}, {verdict} the allowed "
+        f"{result.tolerance:.3g}; mean {result.mean_error:.2g}, reference rms {result.rms:.3g}"
+    )
