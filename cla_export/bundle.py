@@ -77,6 +77,18 @@ class Bundle:
     def graph(self) -> Path:
         return self.folder / GRAPH
 
+    def attention_choices(self) -> list[str]:
+        """A line for each operator that carries attention: which groups, and why."""
+        groups = cast("list[dict[str, str]]", self.manifest["groups"])
+        chosen: dict[tuple[str, str], list[str]] = {}
+        for group in groups:
+            chosen.setdefault((group["attention"], group["reason"]), []).append(str(group["index"]))
+        lines = []
+        for (operator, reason), indices in chosen.items():
+            which = "all groups" if len(chosen) == 1 else f"groups {', '.join(indices)}"
+            lines.append(f"{which}: {operator} ({reason})")
+        return lines
+
     def config(self) -> dict[str, object]:
         """The model's own config.json."""
         text = (self.folder / "config.json").read_text(encoding="utf-8")
@@ -95,15 +107,15 @@ def new_folder(dest: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
         raise BundleError(f"{dest} exists already; choose another folder or pass --force")
     if dest.exists() and not _replaceable(dest):
         raise BundleError(
-            f"{dest} exists and is not a bundle (no {MANIFEST}); --force replaces bundles and empty "
-            "folders only"
+            f"{dest} exists and is not a bundle (no {MANIFEST}); --force replaces only bundles "
+            "and empty folders"
         )
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(dest.parent).free
         if free < needed_bytes:
             raise BundleError(
-                f"{dest.parent}: the bundle needs {needed_bytes:,} bytes, the disk has {free:,} free"
+                f"{dest.parent}: the bundle needs {needed_bytes:,} bytes, {free:,} are free"
             )
         partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}.partial-", dir=dest.parent))
     except OSError as error:
@@ -207,8 +219,8 @@ def _check_file(path: Path, entry: Mapping[str, object], *, verify: bool) -> Non
     size = path.stat().st_size
     if size != entry["bytes"]:
         raise BundleError(
-            f"{path}: {size:,} bytes, {entry['bytes']:,} when exported; it was changed or truncated. "
-            "Export again"
+            f"{path}: {size:,} bytes, {entry['bytes']:,} when exported; it was changed or "
+            "truncated. Export again"
         )
     if verify and sha256(path) != entry["sha256"]:
         raise BundleError(f"{path}: changed after export (its sha256 differs); export again")

@@ -9,9 +9,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -33,14 +33,14 @@ app = typer.Typer(
 )
 
 
-class Target(str, Enum):
+class Target(StrEnum):
     """What a graph is lowered for."""
 
     onnxruntime = "onnxruntime"
     portable = "portable"
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """Dtype of weights, activations and caches."""
 
     fp32 = "fp32"
@@ -48,7 +48,7 @@ class DType(str, Enum):
     bf16 = "bf16"
 
 
-class Backend(str, Enum):
+class Backend(StrEnum):
     """What runs a bundle."""
 
     onnxruntime = "onnxruntime"
@@ -79,7 +79,7 @@ def _stop(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt  # unwinds, so that temporary folders go
 
 
-def _version(wanted: bool) -> None:  # noqa: FBT001  # Typer's callback form
+def _version(wanted: bool) -> None:  # Typer's callback form
     if wanted:
         typer.echo(f"cla-export {cla_export.__version__}")
         raise typer.Exit
@@ -96,7 +96,9 @@ def _options(
 
 @app.command(epilog="Example: cla-export inspect my-model")
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A config, a model folder, an .onnx file, a bundle.")],
+    path: Annotated[
+        Path, typer.Argument(help="A config, a model folder, an .onnx file, a bundle.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show which layers share a cache, and what sharing saves against the dense twin."""
@@ -110,7 +112,9 @@ def inspect(
 def export(
     source: Source,
     dest: Annotated[Path, typer.Argument(help="Folder to create.")],
-    target: Annotated[Target, typer.Option(help="What to lower the graph for.")] = Target.onnxruntime,
+    target: Annotated[
+        Target, typer.Option(help="What to lower the graph for.")
+    ] = Target.onnxruntime,
     dtype: Annotated[DType, typer.Option(help="Weights, activations and caches.")] = DType.fp32,
     force: Force = False,
     as_json: AsJson = False,
@@ -125,13 +129,16 @@ def export(
         return
     console = _console()
     console.print(f"[bold green]exported[/] {dest}: {bundle.layout.describe()}", highlight=False)
-    saved = bundle.layout.dense_twin().bytes_per_token(bundle.dtype)
+    own, dense = (
+        layout.bytes_per_token(bundle.dtype)
+        for layout in (bundle.layout, bundle.layout.dense_twin())
+    )
     console.print(
-        f"  {bundle.target}, {bundle.dtype}; KV cache {bundle.layout.bytes_per_token(bundle.dtype):,} "
-        f"bytes per token, {saved:,} without sharing",
+        f"  {bundle.target}, {bundle.dtype}; KV cache {own:,} bytes per token, {dense:,} without "
+        "sharing",
         highlight=False,
     )
-    for reason in sorted({f"{g['attention']}: {g['reason']}" for g in _groups(bundle.manifest)}):
+    for reason in bundle.attention_choices():
         console.print(f"  {reason}", highlight=False)
 
 
@@ -139,7 +146,9 @@ def export(
 def parity(
     bundle: BundleFolder,
     reference: Annotated[Path | None, typer.Option(help="Model folder to compare with.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Folder for JSON, JUnit and Markdown.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for JSON, JUnit and Markdown.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="Text for prompts and perplexity.")] = None,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -218,28 +227,19 @@ def demo(
     force: Force = False,
 ) -> None:
     """Run the main job on the model that ships here: inspect, export, parity, generate."""
-    source = cla_export.demo_checkpoint()
-    steps: list[tuple[str, Any, dict[str, Any]]] = [
-        (f"inspect {source}", inspect, {"path": source}),
-        (f"export {source} {dest}", export, {"source": source, "dest": dest, "force": force}),
-        (f"parity {dest}", parity, {"bundle": dest}),
-    ]
-    prompt = "And it came to pass"
-    sampling = {"tokens": 96, "temperature": 0.7, "seed": 3}
-    flags = " ".join(f"--{name} {value}" for name, value in sampling.items())
-    steps.append((f'generate {dest} "{prompt}" {flags}', generate, _generation(dest, prompt, sampling)))
-    console = _console(stderr=True)
-    for line, command, options in steps:
-        console.print(f"\n[bold cyan]$ cla-export {_escape(line)}[/]", highlight=False)
-        command(**options)
+    source, prompt = cla_export.demo_checkpoint(), "And it came to pass"
+    _announce(f"inspect {source}")
+    inspect(source)
+    _announce(f"export {source} {dest}")
+    export(source, dest, force=force)
+    _announce(f"parity {dest}")
+    parity(dest)
+    _announce(f'generate {dest} "{prompt}" -n 96 --temperature 0.7 --seed 3')
+    generate(dest, prompt, tokens=96, temperature=0.7, seed=3)
 
 
-def _generation(dest: Path, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
-    return {"bundle": dest, "prompt": prompt, **sampling}
-
-
-def _groups(manifest: Any) -> Any:  # noqa: ANN401  # parsed JSON
-    return manifest["groups"]
+def _announce(command: str) -> None:
+    _console().print(f"\n[bold cyan]$ cla-export {_escape(command)}[/]", highlight=False)
 
 
 def _show(content: object) -> None:
@@ -265,7 +265,9 @@ def _progress() -> Iterator["Progress"]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = _console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("start", total=None)
 
         def update(what: str, done: int, of: int) -> None:

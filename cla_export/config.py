@@ -9,7 +9,7 @@ _MISSING = object()
 
 
 class ConfigReader:
-    """Reads typed values out of a parsed JSON object. `None` counts as absent, as in Hugging Face."""
+    """Reads typed values out of a JSON object. `null` counts as absent, as in Hugging Face."""
 
     def __init__(self, config: Mapping[str, object], where: str = "config.json") -> None:
         self._config = config

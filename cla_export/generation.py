@@ -63,7 +63,9 @@ class LoadedModel:
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
-            raise BundleError(f"{self.bundle.folder}: no tokenizer.json; give the prompt as token ids")
+            raise BundleError(
+                f"{self.bundle.folder}: no tokenizer.json; give the prompt as token ids"
+            )
         return list(self.tokenizer.encode(prompt).ids)
 
     def generate_ids(
@@ -78,8 +80,8 @@ class LoadedModel:
             raise BadInput(f"{max_new_tokens} new tokens asked for; expected at least 1")
         if len(prompt) >= capacity:
             raise BadInput(
-                f"the prompt has {len(prompt)} tokens; the capacity is {capacity}, and at least one "
-                "place must be left to generate. Shorten it, or load with a larger capacity "
+                f"the prompt has {len(prompt)} tokens; the capacity is {capacity}, and one place "
+                "at least must be left to generate. Shorten it, or load with a larger capacity "
                 f"(this model: at most {self.bundle.max_positions})"
             )
         for start in range(0, len(prompt), _CHUNK):

@@ -25,7 +25,9 @@ _OUTSIDE = '["location": "weights"]'
 _METADATA = ("cla.", "pkg.torch.onnx.name_scopes")  # the rest tells where the tracer was
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _BITS = {ir.DataType.FLOAT16: np.uint16, ir.DataType.BFLOAT16: np.uint16}  # as the syntax has them
-_NOTED = re.compile(r"\s*(?:\[[^\]]*\]\s*)?(?P<outputs>[^=]+?) = .*#: (?P<types>[^{]*)(?P<meta>\{.*\})?")
+_NOTED = re.compile(
+    r"\s*(?:\[[^\]]*\]\s*)?(?P<outputs>[^=]+?) = .*#: (?P<types>[^{]*)(?P<meta>\{.*\})?"
+)
 
 
 def to_text(model: ir.Model, comments: Iterable[str] = ()) -> str:
@@ -35,12 +37,16 @@ def to_text(model: ir.Model, comments: Iterable[str] = ()) -> str:
     """
     graph = model.graph
     if model.functions:
-        raise GraphError(f"graph {graph.name}: it has {len(model.functions)} functions; inline them")
+        raise GraphError(
+            f"graph {graph.name}: it has {len(model.functions)} functions; inline them"
+        )
     opsets = ", ".join(f'"{domain}" : {n}' for domain, n in sorted(model.opset_imports.items()))
     version = f"<ir_version: {model.ir_version}, opset_import: [{opsets}]>"
     constants = [
         f"{_typed(value)} = {_value(value)}"
-        for value in sorted(graph.initializers.values(), key=lambda value: _natural(str(value.name)))
+        for value in sorted(
+            graph.initializers.values(), key=lambda value: _natural(str(value.name))
+        )
     ]
     lines = [
         *(f"# {line}".rstrip() for comment in comments for line in comment.splitlines()),
@@ -101,7 +107,9 @@ def _node(node: ir.Node) -> str:
     own_name = node.name and node.name != node.outputs[0].name
     name = f"[{_name(str(node.name))}] " if own_name else ""
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    attributes = ", ".join(_attribute(node, node.attributes[key]) for key in sorted(node.attributes))
+    attributes = ", ".join(
+        _attribute(node, node.attributes[key]) for key in sorted(node.attributes)
+    )
     inputs = ", ".join("" if v is None else _name(str(v.name)) for v in node.inputs)
     note = ", ".join(_type(output) for output in node.outputs)
     metadata = {k: v for k, v in sorted(node.metadata_props.items()) if k.startswith(_METADATA)}
@@ -113,7 +121,9 @@ def _node(node: ir.Node) -> str:
 def _attribute(node: ir.Node, attribute: ir.Attr) -> str:
     kind, value = attribute.type, attribute.value
     if attribute.is_ref() or kind in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-        raise GraphError(f"{node.op_type} node {node.name}: attribute {attribute.name} is a subgraph")
+        raise GraphError(
+            f"{node.op_type} node {node.name}: attribute {attribute.name} is a subgraph"
+        )
     if kind == ir.AttributeType.TENSOR:
         text = f"{_type(value)} {_elements(value)}"
     elif isinstance(value, Sequence) and not isinstance(value, str):
@@ -166,9 +176,9 @@ def _name(name: str) -> str:
     return name if _IDENTIFIER.fullmatch(name) else json.dumps(name)
 
 
-def _natural(name: str) -> tuple[tuple[int, str], ...]:
+def _natural(name: str) -> list[int | str]:
     """Sort key: layer 2 before layer 10."""
-    return tuple((int(n or -1), part) for part, n in re.findall(r"(\D+)(\d*)", f"_{name}"))
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def _list(items: Iterable[str]) -> list[str]:

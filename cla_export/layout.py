@@ -239,7 +239,7 @@ def keep_ends(n: int) -> tuple[int, ...]:
     If n is odd one inside layer is left over; it is layer 1, as in the paper's remainder-first
     rule: 0, 1, 2,2, 4,4, ..., n-1. Up to 3 layers nothing is shared.
     """
-    if _at_least("layers", n, 1) <= 3:  # noqa: PLR2004
+    if _at_least("layers", n, 1) <= 3:
         return identity(n)
     return (0, *(owner + 1 for owner in uniform(n - 2, 2, "first")), n - 1)
 
@@ -356,4 +356,4 @@ def _count(n: int, noun: str) -> str:
 
 
 def _show(values: Sequence[int]) -> str:
-    return ",".join(map(str, values[:8])) + (",..." if len(values) > 8 else "")  # noqa: PLR2004
+    return ",".join(map(str, values[:8])) + (",..." if len(values) > 8 else "")

@@ -38,7 +38,9 @@ class ModelSpec:
         `separate_kv_norm` has `kv_layernorm` beside `input_layernorm` (CLA paper, section 3.1).
         """
         hidden, ffn = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, hidden)
+        }
         for i in range(self.num_layers):
             dim = self.layout.head_dim[i]
             q_width, kv_width = self.q_heads * dim, self.layout.kv_heads[i] * dim

@@ -45,10 +45,8 @@ def _lazy(entry: TensorEntry, value: ir.Value) -> ir.LazyTensor:
     wanted = value.dtype
     assert wanted is not None
 
-    def read() -> ir.Tensor:
-        data = np.memmap(
-            entry.path, stored, mode="r", offset=entry.offset, shape=entry.shape
-        )
+    def read() -> ir.TensorProtocol:
+        data = np.memmap(entry.path, stored, mode="r", offset=entry.offset, shape=entry.shape)
         return ir.tensor(data.astype(wanted.numpy(), copy=False), dtype=wanted, name=entry.name)
 
     return ir.LazyTensor(read, dtype=wanted, shape=ir.Shape(entry.shape), name=entry.name)

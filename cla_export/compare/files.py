@@ -36,7 +36,11 @@ def to_junit(report: ParityReport) -> str:
         rows.append(("parity.perplexity", score.text, score.passed, text))
     failures = sum(not passed for _, _, passed, _ in rows)
     suite = ET.Element(
-        "testsuite", name="cla-export parity", tests=str(len(rows)), failures=str(failures), errors="0"
+        "testsuite",
+        name="cla-export parity",
+        tests=str(len(rows)),
+        failures=str(failures),
+        errors="0",
     )
     for classname, name, passed, text in rows:
         case = ET.SubElement(suite, "testcase", classname=classname, name=name)
@@ -51,8 +55,8 @@ def to_markdown(report: ParityReport) -> str:
     lines = [
         f"### Parity {verdict}: `{Path(report.bundle).name}`",
         "",
-        f"{report.target} · {report.dtype} · against PyTorch in float32 · {report.tokens} · rows of "
-        f"{report.length} tokens",
+        f"{report.target} · {report.dtype} · against PyTorch in float32 · {report.tokens} · rows "
+        f"of {report.length} tokens",
         "",
         "| case | logits: max error | allowed | caches: max error | allowed | |",
         "|---|---|---|---|---|---|",
@@ -85,14 +89,15 @@ def summaries(report: ParityReport) -> list[str]:
         ties = sum(result.near_ties for result in report.greedy)
         tie_note = f", {ties} near-ties" if ties else ""
         lines.append(
-            f"greedy, free-running: {report.greedy_agreement:.1%} of {tokens} tokens agree{tie_note}"
+            f"greedy, free-running: {report.greedy_agreement:.1%} of {tokens} tokens agree"
+            f"{tie_note}"
         )
-    for result in report.greedy:
-        if not result.passed:
-            lines.append(
-                f"greedy prompt {result.prompt}: first differs at token {result.first_divergence}, "
-                f"where the reference prefers its own by {result.gap:.3g}"
-            )
+    lines += [
+        f"greedy prompt {result.prompt}: first differs at token {result.first_divergence}, where "
+        f"the reference prefers its own by {result.gap:.3g}"
+        for result in report.greedy
+        if not result.passed
+    ]
     if (score := report.perplexity) is not None:
         lines.append(
             f"perplexity on {score.text} ({score.tokens} tokens): {score.bundle:.4f}, reference "

@@ -158,7 +158,7 @@ def _tensor_result(
     name: str,
     expected: NDArray[np.float32],
     got: NDArray[np.float32],
-    passed: bool,  # noqa: FBT001
+    passed: bool,
     tolerance: float,
 ) -> TensorResult:
     error = np.abs(got.astype(np.float64) - expected)
@@ -208,9 +208,7 @@ def _compare_greedy(
 
 
 @torch.inference_mode()
-def _judge_greedy(
-    model: ClaDecoder, prompt: int, tokens: list[int], tie: float
-) -> GreedyResult:
+def _judge_greedy(model: ClaDecoder, prompt: int, tokens: list[int], tie: float) -> GreedyResult:
     ids = torch.tensor(tokens)[None]
     reference = model(ids, torch.arange(len(tokens))[None])[0, _PROMPT - 1 : -1].numpy()
     chosen = np.array(tokens[_PROMPT:])
@@ -232,7 +230,7 @@ def _judge_greedy(
 def _compare_perplexity(
     model: ClaDecoder, executor: Executor, stream: Sequence[int], origin: str, threshold: Threshold
 ) -> PerplexityResult:
-    """Windows of the text as long as a slot; the bundle reads each in chunks, keeping all logits."""
+    """Windows of the text as long as a slot; the bundle reads each in two chunks."""
     window = executor.capacity
     losses: tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]] = ([], [])
     scored = np.asarray(stream[:_SCORED], np.int64)
@@ -250,7 +248,7 @@ def _compare_perplexity(
     ours, theirs = (float(np.exp(np.concatenate(side).mean())) for side in (losses[1], losses[0]))
     difference = abs(ours - theirs) / theirs
     return PerplexityResult(
-        text=origin,
+        text=f"{origin}, windows of {window}",
         tokens=sum(len(part) for part in losses[0]),
         reference=theirs,
         bundle=ours,

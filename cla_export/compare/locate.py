@@ -100,7 +100,8 @@ def _graph_tensors(bundle: Bundle, tokens: NDArray[np.int64]) -> dict[str, NDArr
     )
     values = session.run(list(marked.values()), _first_prompt(session, tokens))
     return {
-        name: _tokens_first(value[0].astype(np.float32)) for name, value in zip(marked, values, strict=True)
+        name: _tokens_first(value[0].astype(np.float32))
+        for name, value in zip(marked, values, strict=True)
     }
 
 
@@ -119,7 +120,7 @@ def _mark(model: ir.Model) -> dict[str, str]:
         if LAYER in node.metadata_props:
             values[f"layers.{node.metadata_props[LAYER]}.attention"] = node.outputs[0]
         elif (name := str(node.name)).startswith("layers."):
-            last[int(name.split("/")[0].split(".")[1])] = node.outputs[0]
+            last[int(name.split("/", maxsplit=1)[0].split(".")[1])] = node.outputs[0]
     for layer, value in last.items():
         values[f"layers.{layer}.output"] = value
     for name, value in values.items():

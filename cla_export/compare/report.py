@@ -78,8 +78,9 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        parts = [*self.tensors, *self.greedy, *([self.perplexity] if self.perplexity else [])]
-        return bool(self.tensors) and all(part.passed for part in parts)
+        scored = self.perplexity is None or self.perplexity.passed
+        generated = all(result.passed for result in self.greedy)
+        return bool(self.tensors) and all(r.passed for r in self.tensors) and generated and scored
 
     @property
     def greedy_agreement(self) -> float:

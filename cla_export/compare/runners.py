@@ -27,7 +27,12 @@ class _CaseRunner(BaseRunner):  # type: ignore[misc]  # polygraphy ships no type
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         metadata = TensorMetadata()
-        shapes: dict[str, list[str]] = {"tokens": ["B", "T"], "steps": [], "chunk": [], "first_slot": []}
+        shapes: dict[str, list[str]] = {
+            "tokens": ["B", "T"],
+            "steps": [],
+            "chunk": [],
+            "first_slot": [],
+        }
         for name in INPUTS:
             metadata.add(name, np.int64, shapes.get(name, ["B"]))
         return metadata
@@ -111,9 +116,7 @@ def _tokens_first(cache: NDArray[np.float32]) -> NDArray[np.float32]:
     return cache.transpose(1, 0, 2)  # [Hkv, T, D] -> [T, Hkv, D]
 
 
-def _outputs(
-    logits: list[NDArray[np.float32]], caches: list[list[NDArray[np.float32]]]
-) -> Outputs:
+def _outputs(logits: list[NDArray[np.float32]], caches: list[list[NDArray[np.float32]]]) -> Outputs:
     outputs: Outputs = OrderedDict()
     for index in range(len(caches[0])):
         name = f"cache.{index // 2}.{'value' if index % 2 else 'key'}"

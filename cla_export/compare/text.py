@@ -24,7 +24,8 @@ def token_stream(bundle: Bundle, text: Path | None) -> tuple[list[int], str]:
             return ids, path.name
     if text is not None:
         raise BadInput(
-            f"{text}: " + ("no such file" if not text.is_file() else "the bundle has no tokenizer.json")
+            f"{text}: "
+            + ("no such file" if not text.is_file() else "the bundle has no tokenizer.json")
         )
     generator = np.random.default_rng(_SEED)
     return generator.integers(0, bundle.vocab_size, 4096).tolist(), f"random ids, seed {_SEED}"

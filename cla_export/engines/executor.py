@@ -54,7 +54,8 @@ class PooledExecutor(ABC):
     def prefill(self, slot: int, tokens: Sequence[int], start: int, keep: int = 1) -> Logits:
         if not 1 <= keep <= len(tokens):
             raise BadInput(f"keep is {keep}; expected 1 to {len(tokens)}, the tokens of the chunk")
-        return self._step(slot, [tokens], [start], keep)[0]
+        logits: Logits = self._step(slot, [tokens], [start], keep)[0]
+        return logits
 
     def prefill_rows(self, first: int, rows: Sequence[Sequence[int]]) -> Logits:
         return self._step(first, rows, [0] * len(rows), 1)[:, 0]
@@ -79,9 +80,7 @@ class PooledExecutor(ABC):
             input_ids[index, : len(row)] = row
         return self._run(first, input_ids, np.array(starts, np.int64), counts, keep)
 
-    def _check_rows(
-        self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int]
-    ) -> None:
+    def _check_rows(self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
         if not rows or first < 0 or first + len(rows) > self.slots:
             raise BadInput(
                 f"slots {first} to {first + len(rows) - 1}; expected some of 0 to {self.slots - 1}"
@@ -98,7 +97,7 @@ class PooledExecutor(ABC):
             for token in row:
                 if not 0 <= token < self.vocab_size:
                     raise BadInput(
-                        f"slot {slot}: token id {token}; the vocabulary is 0 to {self.vocab_size - 1}"
+                        f"slot {slot}: token id {token}; expected 0 to {self.vocab_size - 1}"
                     )
 
     @abstractmethod

@@ -98,7 +98,10 @@ class OnnxRuntimeExecutor(PooledExecutor):
         """Cache name -> OrtValue over the consecutive slots; aliases the pool, which we keep."""
         if (first, rows) not in self._views:
             self._views[first, rows] = [
-                (f"{group}.{part}", self._ort.OrtValue.ortvalue_from_numpy(pool[first : first + rows]))
+                (
+                    f"{group}.{part}",
+                    self._ort.OrtValue.ortvalue_from_numpy(pool[first : first + rows]),
+                )
                 for group, pools in enumerate(self._pools)
                 for part, pool in zip(("key", "value"), pools, strict=True)
             ]
@@ -125,4 +128,3 @@ def _open(graph: "Path", threads: int | None) -> tuple[Any, Any]:
             f"{graph}: ONNX Runtime {onnxruntime.__version__} cannot open it: {error}"
         ) from error
     return onnxruntime, session
-

@@ -14,6 +14,8 @@ that GroupQueryAttention refuses keeps the standard form: TensorScatter and Atte
 Source: com.microsoft.GroupQueryAttention, version 1, as of ONNX Runtime 1.31.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -30,7 +32,9 @@ def lower(model: ir.Model, layout: KVLayout) -> list[tuple[str, str]]:
     graph = model.graph
     mask = _lengths_from_mask(graph)
     attentions = attention_nodes(graph)
-    choices = [_choose(group, [attentions[layer] for layer in group.layers]) for group in layout.groups]
+    choices = [
+        _choose(group, [attentions[layer] for layer in group.layers]) for group in layout.groups
+    ]
     if any(operator == "GroupQueryAttention" for operator, _ in choices):
         model.opset_imports["com.microsoft"] = 1
         counts = _counts(graph, mask)
@@ -110,6 +114,7 @@ def _lower_group(
         if softcap := node.attributes.get_float("softcap", 0.0):
             attributes["softcap"] = softcap
         is_owner = layer == group.owner
+        cache: Sequence[ir.Value | None]
         if is_owner:
             new, cache = [key, value], pasts
         else:
@@ -165,7 +170,7 @@ def _packed(tape: ir.tape.Tape, graph: ir.Graph, value: ir.Value | None) -> ir.V
     heads, dim = value.shape[1], value.shape[3]
     assert isinstance(heads, int) and isinstance(dim, int)
     node = value.producer()
-    base = f"{str(value.name)}:packed"
+    base = f"{value.name}:packed"
     if node is not None and node.op_type == "Transpose" and _permutes_heads(node):  # case 1
         return _flattened(tape, graph, node.inputs[0], heads * dim, base)
     if node is not None and node.op_type == "RotaryEmbedding" and node.domain == "":  # case 2
@@ -195,9 +200,8 @@ def _flattened(
     assert value is not None
     reshape = producer(value, "Reshape")
     source = reshape.inputs[0] if reshape is not None else None
-    if source is not None and source.shape is not None and len(source.shape) == 3:
-        if source.shape[2] == width:
-            return source
+    if source is not None and source.shape is not None and list(source.shape[2:]) == [width]:
+        return source
     shape = named_constant(graph, np.array([0, 0, width], np.int64), f"shape_0_0_{width}")
     flat = tape.op("Reshape", [value, shape], name=name)
     flat.type, flat.shape, flat.name = value.type, ir.Shape(["batch", "sequence", width]), name
@@ -218,7 +222,9 @@ def _replace_output(
                 reshape.outputs[0].replace_all_uses_with(y)
     if not _still_read(old):
         return
-    shape = named_constant(graph, np.array([0, 0, heads, dim], np.int64), f"shape_0_0_{heads}_{dim}")
+    shape = named_constant(
+        graph, np.array([0, 0, heads, dim], np.int64), f"shape_0_0_{heads}_{dim}"
+    )
     split = tape.op("Reshape", [y, shape], name=f"{y.name}/Reshape")
     back = tape.op("Transpose", [split], {"perm": _HEADS_FIRST}, name=f"{y.name}/Transpose")
     back.type, back.shape = old.type, old.shape
@@ -230,7 +236,8 @@ def _still_read(value: ir.Value) -> bool:
     if value.is_graph_output():
         return True
     return any(
-        node.op_type not in ("Transpose", "Reshape") or any(_still_read(out) for out in node.outputs)
+        node.op_type not in ("Transpose", "Reshape")
+        or any(_still_read(out) for out in node.outputs)
         for node in value.consumers()
     )
 

@@ -1,7 +1,7 @@
 """The portable target: standard ONNX operators only, the canonical graph as it stands.
 
-    write_indices [B] int64   tokens each row holds before the call
-    kv_lengths    [B] int64   tokens each row holds after it
+write_indices [B] int64   tokens each row holds before the call
+kv_lengths    [B] int64   tokens each row holds after it
 """
 
 import onnx_ir as ir

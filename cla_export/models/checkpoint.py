@@ -129,8 +129,8 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | None" = None) -> "C
 
     `dtype` None means float32, to which every checkpoint dtype converts exactly.
     """
-    import torch  # noqa: PLC0415
-    from safetensors import safe_open  # noqa: PLC0415
+    import torch
+    from safetensors import safe_open
 
     dtype = dtype or torch.float32
     model = family_of(checkpoint.config).build(checkpoint.spec)
@@ -157,7 +157,7 @@ def save_checkpoint(
     dtype: "torch.dtype | None" = None,
 ) -> None:
     """Write an ordinary model folder: config.json, generation_config.json, model.safetensors."""
-    from safetensors.torch import save_file  # noqa: PLC0415
+    from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (

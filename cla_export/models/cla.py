@@ -6,8 +6,8 @@ owner produced. K and V travel from owner to sharer as arguments of `forward`, n
 state, so that tracing leaves the module as it was.
 """
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,14 @@ def read_spec(config: Mapping[str, object]) -> ModelSpec:
     layout = layout_from_config(config)
     if any(dim % 2 for dim in layout.head_dim):
         raise BadInput(
-            f"config.json: head_dim is {layout.head_dim[0]}; RoPE rotates halves, so it must be even"
+            f"config.json: head_dim is {layout.head_dim[0]}; RoPE rotates halves, so it is even"
         )
+    for layer, dim in enumerate(layout.head_dim):
+        if dim != layout.head_dim[0]:
+            raise BadInput(
+                f"config.json: head_dim differs by layer (layer {layer} has {dim}, layer 0 has "
+                f"{layout.head_dim[0]}); a model of type 'cla' has one RoPE table, so one head_dim"
+            )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise BadInput(
             f"config.json: hidden_act is {config['hidden_act']!r}; a model of type 'cla' uses "
@@ -137,12 +143,15 @@ class Attention(nn.Module):
 
     def project_kv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> KV:
         """K (normed, then rotated) and V of an owner, [B, Hkv, S, D]: what the cache holds."""
-        key, value = self._split(self.k_proj(x), self.kv_heads), self._split(self.v_proj(x), self.kv_heads)
+        key = self._split(self.k_proj(x), self.kv_heads)
+        value = self._split(self.v_proj(x), self.kv_heads)
         if self.k_norm is not None:
             key = self.k_norm(key)
         return rotate(key.transpose(1, 2), *rope), value.transpose(1, 2)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV, mask: Tensor | None
+    ) -> Tensor:
         query = self._split(self.q_proj(x), self.q_heads)  # [B, S, Hq, D]
         if self.q_norm is not None:
             query = self.q_norm(query)
@@ -150,7 +159,8 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             query, *kv, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        merged: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
+        return merged
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.view(*x.shape[:-1], heads, self.head_dim)
@@ -166,7 +176,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 class Layer(nn.Module):
@@ -188,13 +199,19 @@ class Layer(nn.Module):
         norm = self.kv_layernorm if hasattr(self, "kv_layernorm") else self.input_layernorm
         return self.self_attn.project_kv(norm(x), rope)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv: KV, mask: Tensor | None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, kv, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return y
 
 
 class ClaModel(nn.Module):
     """Embedding, layers, final norm."""
+
+    rope_cos: Tensor
+    rope_sin: Tensor
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -215,7 +232,7 @@ class ClaModel(nn.Module):
         )
         shared: list[KV] = []  # by group
         masks: dict[int | None, Tensor | None] = {}
-        for layer in self.layers:
+        for layer in cast("Iterable[Layer]", self.layers):
             if layer.self_attn.is_owner:
                 kv = layer.project_kv(x, rope)
                 shared.append(kv if cache is None else cache.update(layer.group, *kv))
@@ -256,7 +273,8 @@ class ClaDecoder(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, cache: KVCache | None = None
     ) -> Tensor:
-        return self.lm_head(self.model(input_ids, position_ids, cache)[0])
+        logits: Tensor = self.lm_head(self.model(input_ids, position_ids, cache)[0])
+        return logits
 
     def forward_with_kv(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, list[KV]]:
         """Stateless logits [B, S, V] and each group's K and V [B, Hkv, S, D]."""

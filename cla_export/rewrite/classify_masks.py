@@ -12,6 +12,7 @@ The meaning is recorded on the node (`cla.window` in its metadata) and the mask 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -41,12 +42,13 @@ class _Mask:
         ids = np.zeros((2, length), np.int64)
         positions = np.tile(np.arange(length), (2, 1))
         feeds = {name: ids if name == "input_ids" else positions for name in self.inputs}
-        (mask,) = self.evaluator.run(None, feeds)
+        outputs = cast("list[NDArray[np.float32]]", self.evaluator.run(None, feeds))
+        mask = outputs[0]
         if mask.dtype == np.bool_:
-            return np.asarray(mask)
+            return mask.astype(np.bool_)
         if not np.all((mask == 0) | (mask <= _BLOCKED)):
             raise ValueError("it adds values other than 0 and minus infinity (a position bias?)")
-        return np.asarray(mask == 0)
+        return mask == 0
 
 
 def classify_masks(model: ir.Model) -> PassReport:

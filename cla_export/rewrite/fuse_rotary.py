@@ -20,7 +20,9 @@ from cla_export.rewrite.values import ints, producer
 def fuse_rotary(model: ir.Model) -> PassReport:
     report = PassReport("fuse_rotary")
 
-    def check(_context: object, x: ir.Value, cos: ir.Value, sin: ir.Value, **_: object) -> MatchResult:
+    def check(
+        _context: object, x: ir.Value, cos: ir.Value, sin: ir.Value, **_: object
+    ) -> MatchResult:
         result = MatchResult()
         for name, table in (("cos", cos), ("sin", sin)):
             unsqueeze = producer(table, "Unsqueeze")
@@ -42,11 +44,12 @@ def fuse_rotary(model: ir.Model) -> PassReport:
 
 def _halves(op: OpsetPatternBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
     first, second = op.Split(x, _allow_other_attributes=True, _outputs=["first", "second"])
-    return op.Concat(
+    rotated: ir.Value = op.Concat(
         op.Sub(op.Mul(first, cos), op.Mul(second, sin)),
         op.Add(op.Mul(second, cos), op.Mul(first, sin)),
         axis=-1,
     )
+    return rotated
 
 
 def _replacement(

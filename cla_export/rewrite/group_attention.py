@@ -49,7 +49,9 @@ def group_attention(model: ir.Model, expected: KVLayout | None) -> tuple[KVLayou
     try:
         found = KVLayout.create(owners, kv_heads, head_dims, windows)
     except LayoutError as error:
-        raise GraphError(f"the graph's layers share KV in a way that is not legal: {error}") from error
+        raise GraphError(
+            f"the graph's layers share KV in a way that is not legal: {error}"
+        ) from error
     if expected is not None:
         _compare(found, expected, nodes)
     return found, report

@@ -37,7 +37,9 @@ def keep_last_logits(model: ir.Model) -> PassReport:
         node = logits.producer()
         assert node is not None
         report.skip(node, "the head is not a MatMul; all logits are computed, then gathered")
-        kept = tape.op("GatherND", [source, rows], {"batch_dims": 1}, metadata_props={SCOPE: "head"})
+        kept = tape.op(
+            "GatherND", [source, rows], {"batch_dims": 1}, metadata_props={SCOPE: "head"}
+        )
         kept.type = logits.type
         graph.outputs[0] = kept
         logits.name, kept.name = "all_logits", "logits"
@@ -45,7 +47,9 @@ def keep_last_logits(model: ir.Model) -> PassReport:
     else:  # case 1
         hidden = head.inputs[0]
         assert hidden is not None
-        kept = tape.op("GatherND", [hidden, rows], {"batch_dims": 1}, metadata_props={SCOPE: "head"})
+        kept = tape.op(
+            "GatherND", [hidden, rows], {"batch_dims": 1}, metadata_props={SCOPE: "head"}
+        )
         kept.type = hidden.type
         width = hidden.shape[2] if hidden.shape is not None else None
         kept.shape = ir.Shape(["batch", "num_logits", width])
@@ -74,7 +78,9 @@ def _rows(graph: ir.Graph, tape: ir.tape.Tape) -> ir.Value:
     inputs = {value.name: value for value in graph.inputs}
     keep = named_constant(graph, np.array(ALL, np.int64), KEEP)
     graph.inputs.append(keep)
-    zero, one = (named_constant(graph, np.array(n, np.int64), name) for n, name in ((0, "zero"), (1, "one")))
+    zero, one = (
+        named_constant(graph, np.array(n, np.int64), name) for n, name in ((0, "zero"), (1, "one"))
+    )
     axis_1 = named_constant(graph, np.array([1], np.int64), "axis_1")
     last_axis = named_constant(graph, np.array([-1], np.int64), "axis_last")
     scope = {SCOPE: "head"}
@@ -83,9 +89,7 @@ def _rows(graph: ir.Graph, tape: ir.tape.Tape) -> ir.Value:
         return tape.op(op_type, list(values), metadata_props=scope)
 
     new_tokens = op("Sub", inputs["kv_lengths"], inputs["write_indices"])  # [B]
-    length = tape.op(
-        "Shape", [inputs["input_ids"]], {"start": 1, "end": 2}, metadata_props=scope
-    )
+    length = tape.op("Shape", [inputs["input_ids"]], {"start": 1, "end": 2}, metadata_props=scope)
     count = op("Min", keep, op("Squeeze", length))  # n; also keeps shape inference from fixing it
     first_kept = op("Max", op("Sub", new_tokens, count), zero)
     steps = op("Range", zero, count, one)  # [n]

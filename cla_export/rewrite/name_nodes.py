@@ -76,4 +76,3 @@ def _name_constants(graph: ir.Graph) -> None:
         value.name = f"__constant_{index}"
     for index, value in enumerate(unnamed):
         value.name = f"constant_{index}"
-

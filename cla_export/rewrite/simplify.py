@@ -35,7 +35,7 @@ def simplify(model: ir.Model) -> PassReport:
 def drop_unused(model: ir.Model) -> None:
     """Remove nodes, initialisers and opset imports nobody reads; sort the rest."""
     common.RemoveUnusedNodesPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass()(model)
     model.graph.sort()
 

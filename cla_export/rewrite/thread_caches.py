@@ -68,7 +68,12 @@ def thread_caches(model: ir.Model, layout: KVLayout) -> PassReport:
             if group.window is not None:
                 mask = lengths.window_mask(group.window, presents[0], group.index)
             node.resize_inputs(7)
-            for slot, value in ((1, presents[0]), (2, presents[1]), (3, mask), (6, lengths.frontier)):
+            for slot, value in (
+                (1, presents[0]),
+                (2, presents[1]),
+                (3, mask),
+                (6, lengths.frontier),
+            ):
                 node.replace_input_with(slot, value)
             if "scale" not in node.attributes:
                 scale = 1.0 / float(np.sqrt(group.head_dim))
@@ -136,7 +141,9 @@ class _Lengths:
             count = self._op("Squeeze", [length], shape=[])
             keys = self._op("Range", [self._zero, count, self._one], shape=["capacity"])
             axes = named_constant(self._graph, np.array([1, 3], np.int64), "axes_1_3")
-            queries = self._op("Unsqueeze", [self.positions, axes], shape=["batch", 1, "sequence", 1])
+            queries = self._op(
+                "Unsqueeze", [self.positions, axes], shape=["batch", 1, "sequence", 1]
+            )
             width = named_constant(self._graph, np.array(window, np.int64), f"window_{window}")
             oldest = self._op("Sub", [queries, width], shape=["batch", 1, "sequence", 1])
             self._masks[window, capacity] = self._op(

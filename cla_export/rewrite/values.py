@@ -46,12 +46,12 @@ def heads_and_dim(value: ir.Value, node: ir.Node, role: str) -> tuple[int, int]:
     """Heads and head dim of a [B, H, S, D] input of an Attention node."""
     shape = value.shape
     if shape is None or len(shape) != 4:
-        raise GraphError(f"{describe(node)}: its {role} is {shape}; expected [B, heads, S, head_dim]")
+        raise GraphError(
+            f"{describe(node)}: its {role} is {shape}; expected [B, heads, S, head_dim]"
+        )
     heads, dim = shape[1], shape[3]
     if not isinstance(heads, int) or not isinstance(dim, int):
         raise GraphError(
             f"{describe(node)}: its {role} has shape {shape}; heads and head_dim must be constants"
         )
     return heads, dim
-
-
