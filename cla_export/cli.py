@@ -102,10 +102,12 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show which layers share a cache, and what sharing saves against the dense twin."""
-    from cla_export.inspection_view import render
+    from cla_export.views.inspection import render
 
     found = cla_export.inspect(path)
     _show(found.to_json()) if as_json else render(found, _console())
+    if not found.ok:
+        raise CheckFailed(f"{path}: not what it says it is; see the failed checks above")
 
 
 @app.command(epilog="Example: cla-export export my-model my-bundle --target onnxruntime")
@@ -155,7 +157,7 @@ def parity(
 ) -> None:
     """Prove a bundle equal to its PyTorch model; exit 1 if it is not."""
     from cla_export.compare.files import divergence_sentence, write_report
-    from cla_export.compare.view import render
+    from cla_export.views.parity import render
 
     with _progress() as progress:
         found = cla_export.parity(bundle, reference, text=text, threads=threads, progress=progress)
@@ -204,7 +206,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say which KV layouts fit a memory budget, and how many slots each leaves room for."""
-    from cla_export import planning_view
+    from cla_export.views import planning as planning_view
 
     found = cla_export.plan(source, memory=memory, context=context, batch=batch, dtype=dtype.value)
     if plot is not None:
@@ -215,7 +217,7 @@ def plan(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is installed, and what each target would need."""
-    from cla_export.environment_view import render
+    from cla_export.views.environment import render
 
     found = cla_export.doctor()
     _show(found.to_json()) if as_json else render(found, _console())

@@ -64,6 +64,7 @@ def export(
     import torch
 
     from cla_export import weights
+    from cla_export.lower import lower
     from cla_export.models import family_of
     from cla_export.rewrite import rewrite
     from cla_export.trace import trace
@@ -85,7 +86,7 @@ def export(
         progress("rewrite", 2, steps)
         canonical = rewrite(stateless, spec.layout)
         progress("lower", 3, steps)
-        lowered = lower_for(target, canonical.model, checkpoint)
+        lowered = lower(target, canonical.model, spec.layout)
         progress("write", 4, steps)
         weights.attach(lowered.model, checkpoint, family.constants(spec))
         _write_graph(lowered.model, folder, progress)
@@ -93,13 +94,6 @@ def export(
         write_manifest(folder, _manifest(checkpoint, lowered, DTYPES[dtype]), progress)
         progress("write", 5, steps)
     return open_bundle(dest, verify=False)
-
-
-def lower_for(target: str, canonical: "ir.Model", checkpoint: Checkpoint) -> "Lowered":
-    """Lower a checkpoint's canonical graph."""
-    from cla_export.lower import lower
-
-    return lower(target, canonical, checkpoint.spec.layout)
 
 
 def _write_graph(model: "ir.Model", folder: Path, progress: Progress) -> None:

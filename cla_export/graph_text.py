@@ -26,7 +26,7 @@ _METADATA = ("cla.", "pkg.torch.onnx.name_scopes")  # the rest tells where the t
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _BITS = {ir.DataType.FLOAT16: np.uint16, ir.DataType.BFLOAT16: np.uint16}  # as the syntax has them
 _NOTED = re.compile(
-    r"\s*(?:\[[^\]]*\]\s*)?(?P<outputs>[^=]+?) = .*#: (?P<types>[^{]*)(?P<meta>\{.*\})?"
+    r"\s*(?:\[[^\]]*\]\s*)?(?P<outputs>[^=#]+?) = .*#: (?P<types>[^{]*)(?P<meta>\{.*\})?"
 )
 
 
@@ -75,9 +75,11 @@ def from_text(text: str) -> ir.Model:
         notes = list(_notes(text))
         declared = ", ".join(f"{kind} {name}" for name, kind, _ in notes if kind != "?")
         types = ir.from_proto(onnx.parser.parse_graph(f"types ({declared}) => () {{}}"))
-    except ParseError as error:
-        message = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
+    except (ParseError, ValueError) as error:  # ValueError: from a `#:` comment
+        message = error.args[0].decode() if isinstance(error, ParseError) else str(error)
         raise GraphError(f"not a graph in ONNX's textual syntax: {message}") from error
+    for node in model.graph:
+        node.name = node.name or node.outputs[0].name  # what `to_text` leaves out
     values = {output.name: output for node in model.graph for output in node.outputs}
     for value in types.inputs:
         values[value.name].type, values[value.name].shape = value.type, value.shape

@@ -10,12 +10,16 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from cla_export import layout
 from cla_export.bundle import Bundle, open_bundle
+from cla_export.engines.executor import Executor
 from cla_export.exporter import export
+from cla_export.layout import KVLayout
+from cla_export.lower import Lowered
 from cla_export.models import cla
 from cla_export.models.checkpoint import (
     Checkpoint,
@@ -179,3 +183,28 @@ class Zoo:
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield path, not path.exists()
+
+
+def write_graph(
+    folder: Path, lowered: Lowered, kv_layout: KVLayout, *, vocab: int, positions: int
+) -> Bundle:
+    """The least that an executor needs of a bundle: a graph with its weights, and its limits."""
+    folder.mkdir()
+    ir.save(lowered.model, folder / "model.onnx")
+    limits = {"vocab_size": vocab, "max_positions": positions}
+    manifest = {"target": lowered.target, "dtype": "float32", "limits": limits}
+    return Bundle(folder, manifest, kv_layout)
+
+
+def drive(executor: Executor, texts: list[list[int]], prompts: list[int]) -> list[np.ndarray]:
+    """Each text's logits from its prompt's last token on: one ragged prefill, then ragged decode.
+
+    Texts must all be as much longer than their prompts.
+    """
+    (steps,) = {len(text) - prompt for text, prompt in zip(texts, prompts, strict=True)}
+    found = [executor.prefill_rows(0, [text[:n] for text, n in zip(texts, prompts, strict=True)])]
+    for step in range(steps):
+        held = [prompt + step for prompt in prompts]
+        new = [text[n] for text, n in zip(texts, held, strict=True)]
+        found.append(executor.decode(range(len(texts)), new, held))
+    return [np.stack([logits[row] for logits in found]) for row in range(len(texts))]

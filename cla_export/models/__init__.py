@@ -42,8 +42,8 @@ def family_of(config: Mapping[str, object]) -> Family:
 
 def _module_name(config: Mapping[str, object]) -> str:
     model_type = config.get("model_type")
-    if model_type in FAMILIES:
-        return FAMILIES[str(model_type)]
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
     close = get_close_matches(str(model_type), FAMILIES, n=3)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise BadInput(

@@ -157,7 +157,11 @@ class Attention(nn.Module):
             query = self.q_norm(query)
         query = rotate(query.transpose(1, 2), *rope)
         y = F.scaled_dot_product_attention(
-            query, *kv, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            query,
+            *kv,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.kv_heads < self.q_heads,
         )
         merged: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return merged

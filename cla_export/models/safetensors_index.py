@@ -4,6 +4,7 @@ Source: the safetensors format (8-byte little-endian header size, JSON header, r
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,19 +69,37 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             header = json.loads(file.read(header_size))
         except ValueError as error:
             raise BadInput(f"{path}: its safetensors header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise BadInput(
+            f"{path}: its safetensors header is a {type(header).__name__}; expected a JSON object"
+        )
     data_start = 8 + header_size
     entries = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        begin, end = entry["data_offsets"]
-        if data_start + end > size:
+        entries[name] = found = _read_entry(path, name, entry, data_start)
+        end = found.offset + found.nbytes
+        if end > size:
             raise BadInput(
-                f"{path}: truncated; tensor {name} ends at byte {data_start + end}, the file has "
-                f"{size}; download or save it again"
+                f"{path}: truncated; tensor {name} ends at byte {end}, the file has {size}; "
+                "download or save it again"
             )
-        shape = tuple(entry["shape"])
-        entries[name] = TensorEntry(
-            name, path, entry["dtype"], shape, data_start + begin, end - begin
-        )
     return entries
+
+
+def _read_entry(path: Path, name: str, entry: object, data_start: int) -> TensorEntry:
+    try:
+        dtype, shape, (begin, end) = (entry[key] for key in ("dtype", "shape", "data_offsets"))  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        dtype, shape, begin, end = "", None, 0, 0
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in numbers):
+        raise BadInput(f"{path}: the header's entry of tensor {name} is malformed: {entry!r}")
+    wanted = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
+    if dtype in DTYPE_BYTES and end - begin != wanted:
+        raise BadInput(
+            f"{path}: tensor {name} takes {end - begin} bytes; {dtype} of shape {shape} needs "
+            f"{wanted}: save it again"
+        )
+    return TensorEntry(name, path, dtype, tuple(shape), data_start + begin, end - begin)

@@ -48,7 +48,8 @@ class _Mask:
             return mask.astype(np.bool_)
         if not np.all((mask == 0) | (mask <= _BLOCKED)):
             raise ValueError("it adds values other than 0 and minus infinity (a position bias?)")
-        return mask == 0
+        visible: NDArray[np.bool_] = mask == 0
+        return visible
 
 
 def classify_masks(model: ir.Model) -> PassReport:

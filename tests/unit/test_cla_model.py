@@ -27,6 +27,7 @@ from cla_export.models import cla
 from cla_export.models.cla import ClaDecoder
 
 CLOSE = 2e-5  # float32, same operators over differently sized blocks
+EXACT = 2e-6  # float64 inside, rounded to float32 logits of up to 16 on the way out
 
 
 def dense_llama(weights: dict[str, torch.Tensor], config: dict, ids: torch.Tensor) -> torch.Tensor:
@@ -187,21 +188,21 @@ def test_stateful_equals_stateless(
         qk_norm=qk_norm,
         sliding_window=window,
     )
-    model = random_model(spec, seed)
+    model = random_model(spec, seed).double()
     texts = [tokens_of(19, seed), tokens_of(19, seed + 1)]
     expected = [stateless_logits(model, text) for text in texts]
     executor = TorchExecutor(model, capacity=24, slots=3)
     held = [3, 9]
     first = executor.prefill_rows(1, [text[:n] for text, n in zip(texts, held, strict=True)])
     for row in (0, 1):
-        assert np.abs(first[row] - expected[row][held[row] - 1]).max() < CLOSE
+        assert np.abs(first[row] - expected[row][held[row] - 1]).max() < EXACT
     chunk = executor.prefill(1, texts[0][3:9], 3, keep=6)
-    assert np.abs(chunk - expected[0][3:9]).max() < CLOSE
+    assert np.abs(chunk - expected[0][3:9]).max() < EXACT
     held = [9, 9]
     for step in range(9, 19):
         logits = executor.decode([1, 2], [texts[0][step], texts[1][step]], [step, step])
         for row in (0, 1):
-            assert np.abs(logits[row] - expected[row][step]).max() < CLOSE
+            assert np.abs(logits[row] - expected[row][step]).max() < EXACT
 
 
 @pytest.mark.parametrize("head_dim", [32, 46, 90, 512])
@@ -333,7 +334,7 @@ def test_forward_leaves_no_state_behind() -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ({"head_dim": 15}, ["head_dim is 15", "must be even"]),
+        ({"head_dim": 15}, ["head_dim is 15", "RoPE rotates halves"]),
         ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
         ({"vocab_size": None}, ["'vocab_size' is missing"]),
         ({"vocab_size": 61.0}, ["vocab_size is 61.0", "positive integer"]),

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cla_export import environment
 from cla_export.environment import Diagnosis, doctor, in_range
-from cla_export.environment_view import render
+from cla_export.views.environment import render
 
 
 def shown(found: Diagnosis) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from cla_export.bundle import write_manifest
 from cla_export.errors import BadInput, BundleError, GraphError, LayoutError
 from cla_export.inspection import Inspection, inspect
-from cla_export.inspection_view import map_lines, render
+from cla_export.views.inspection import map_lines, render
 from cla_export.layout import KVLayout, identity, uniform
 
 PAPER: dict[str, Any] = {  # H128-MQA-CLA2 of the paper's 1B scale
@@ -496,8 +496,8 @@ def test_names_are_not_taken_for_markup(tmp_path: Path) -> None:
 
 def test_importing_loads_nothing_heavy() -> None:
     code = (
-        "import sys, cla_export.inspection_view, cla_export.planning_view, "
-        "cla_export.environment_view; heavy = 'torch', 'onnx', 'onnx_ir', 'numpy', 'matplotlib'; "
+        "import sys, cla_export.views.inspection, cla_export.views.planning, "
+        "cla_export.views.environment; heavy = 'torch', 'onnx', 'onnx_ir', 'numpy', 'matplotlib'; "
         "print([module for module in heavy if module in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
