@@ -29,31 +29,36 @@ class GraphFacts:
 
 
 def read_graph(path: Path) -> tuple[GraphFacts, KVLayout, str, list[str]]:
-    """Facts, layout, cache dtype and notes of a graph; layers are numbered in execution order."""
+    """`read_model` of a file; external weights are not touched."""
     import onnx_ir as ir
 
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf, text parser and deserialiser each have their own
         raise BadInput(f"{path}: not a readable ONNX model ({error}); export it again") from error
+    try:
+        return read_model(model, path.name)
+    except GraphError as error:
+        raise GraphError(f"{path}: {error}") from error
+
+
+def read_model(model: "ir.Model", name: str) -> tuple[GraphFacts, KVLayout, str, list[str]]:
+    """Facts, layout, cache dtype and notes of a graph; layers are numbered in execution order."""
     nodes = [node for node in model.graph if _is_attention(node)]
     if not nodes:
         seen = ", ".join(sorted({node.op_type for node in model.graph}))
         raise GraphError(
-            f"{path}: no Attention or GroupQueryAttention node (operators seen: {seen}); "
-            "attention taken apart into MatMul and Softmax cannot be read"
+            f"no Attention or GroupQueryAttention node (operators seen: {seen}); attention taken "
+            "apart into MatMul and Softmax cannot be read"
         )
     notes: list[str] = []
-    try:
-        if any(_cache_input(cache) is not None for node in nodes for cache in _caches_of(node)):
-            stage: Literal["stateless", "stateful"] = "stateful"
-            layout, cache_inputs, dtype = _stateful_layout(nodes, notes)
-        else:
-            stage, cache_inputs = "stateless", 0
-            layout, dtype = _stateless_layout(model)
-    except GraphError as error:
-        raise GraphError(f"{path}: {error}") from error
-    facts = GraphFacts(path.name, stage, dict(Counter(n.op_type for n in nodes)), cache_inputs)
+    if any(_cache_input(cache) is not None for node in nodes for cache in _caches_of(node)):
+        stage: Literal["stateless", "stateful"] = "stateful"
+        layout, cache_inputs, dtype = _stateful_layout(nodes, notes)
+    else:
+        stage, cache_inputs = "stateless", 0
+        layout, dtype = _stateless_layout(model)
+    facts = GraphFacts(name, stage, dict(Counter(n.op_type for n in nodes)), cache_inputs)
     return facts, layout, dtype, notes
 
 

@@ -74,7 +74,9 @@ def from_text(text: str) -> ir.Model:
         model = ir.from_proto(onnx.parser.parse_model(text))
         notes = list(_notes(text))
         declared = ", ".join(f"{kind} {name}" for name, kind, _ in notes if kind != "?")
-        types = ir.from_proto(onnx.parser.parse_graph(f"types ({declared}) => () {{}}"))
+        types = ir.serde.deserialize_graph(
+            onnx.parser.parse_graph(f"types ({declared}) => () {{}}")
+        )
     except (ParseError, ValueError) as error:  # ValueError: from a `#:` comment
         message = error.args[0].decode() if isinstance(error, ParseError) else str(error)
         raise GraphError(f"not a graph in ONNX's textual syntax: {message}") from error
@@ -84,9 +86,9 @@ def from_text(text: str) -> ir.Model:
     for value in types.inputs:
         values[value.name].type, values[value.name].shape = value.type, value.shape
     for name, _, metadata in notes:
-        node = values[name.strip('"')].producer()
-        if node is not None:
-            node.metadata_props.update(metadata)
+        made_by = values[name.strip('"')].producer()
+        if made_by is not None:
+            made_by.metadata_props.update(metadata)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = None

@@ -1,6 +1,7 @@
 """Tiny checkpoints with random weights, and exports of them that tests share."""
 
 import fcntl
+import gc
 import hashlib
 import json
 from collections.abc import Iterator
@@ -131,6 +132,16 @@ def rows(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(length).repeat(batch, 1)
 
 
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """Tracing makes millions of short-lived objects; looking through them is a quarter of it."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class Zoo:
     """Checkpoints and bundles by configuration, made once per run and shared; do not edit them.
 
@@ -172,7 +183,8 @@ class Zoo:
     def trace(self, family: Any, spec: ModelSpec, dtype: torch.dtype) -> Any:
         """`cla_export.trace.trace`, remembered: whoever rewrites the result works on a copy."""
         if (spec, dtype) not in self._traced:
-            self._traced[spec, dtype] = trace(family, spec, dtype)
+            with without_gc():
+                self._traced[spec, dtype] = trace(family, spec, dtype)
         return self._traced[spec, dtype]
 
     @contextmanager

@@ -11,6 +11,7 @@ from importlib import import_module
 import onnx_ir as ir
 
 from cla_export.errors import BadInput
+from cla_export.graph_reading import read_model
 from cla_export.layout import KVLayout
 
 TARGETS: Mapping[str, str] = {
@@ -41,6 +42,9 @@ def lower(target: str, canonical: ir.Model, layout: KVLayout) -> Lowered:
     module = import_module(TARGETS[check_target(target)])
     model = canonical.clone()
     choices: list[tuple[str, str]] = module.lower(model, layout)
+    facts, found, _, _ = read_model(model, target)
+    if found != layout or facts.cache_inputs != 2 * layout.num_groups:
+        raise AssertionError(f"lowering to {target} changed who shares: {found} from {layout}")
     return Lowered(
         target, model, tuple(operator for operator, _ in choices), tuple(why for _, why in choices)
     )

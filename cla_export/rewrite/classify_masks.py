@@ -1,6 +1,7 @@
 """Classify masks: decide what each Attention's mask means by evaluating it, never by its code.
 
-The subgraph that computes a mask is run at several lengths, among them one past each integer
+A mask is a matter of lengths and positions: one that reads the tokens themselves is refused. The
+subgraph that computes it is run at several lengths, among them one past each integer
 constant it contains (a window shows only at lengths beyond it), and compared with what it may mean.
 
 Cases:
@@ -56,6 +57,11 @@ def classify_masks(model: ir.Model) -> PassReport:
     report = PassReport("classify_masks")
     known: dict[tuple[ir.Value | None, bool], int | None] = {}
     for node in attention_nodes(model.graph):
+        if any(node.inputs[4:]):
+            raise GraphError(
+                f"{describe(node)}: it has a cache already (past or nonpad inputs); expected a "
+                "stateless graph, traced without a cache"
+            )
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         causal = bool(node.attributes.get_int("is_causal", 0))
         if (mask, causal) not in known:
@@ -82,7 +88,14 @@ def _meaning(model: ir.Model, node: ir.Node, mask: ir.Value | None, *, causal: b
             f"{describe(node)}: attention without a mask and with is_causal=0 sees the future, so "
             "its keys cannot be cached; a decoder's attention must be causal"
         )
-    candidates = sorted(_integers_above(mask))
+    above = _above(mask)
+    if "input_ids" in {value.name for value in above}:
+        raise GraphError(
+            f"{describe(node)}: its mask depends on the tokens of input_ids (padding?); expected a "
+            "mask computed from lengths and positions alone: rows are padded on the right, and "
+            "their lengths are inputs of the exported graph"
+        )
+    candidates = sorted(_integers(above))
     meanings: dict[int | None, list[int]] = {}
     for window in [None, *candidates]:
         stand_in = _STAND_IN if window is not None and window > _LARGEST else window
@@ -101,7 +114,9 @@ def _meaning(model: ir.Model, node: ir.Node, mask: ir.Value | None, *, causal: b
                     f"sliding window; the last rows see\n{_picture(allowed)}"
                 )
             if seen is not None:
-                meanings.setdefault(window if seen == stand_in else seen, []).append(length)
+                if window is not None and stand_in is not None and abs(seen - stand_in) <= 1:
+                    seen += window - stand_in  # `<= w - 1` says the same as `< w`
+                meanings.setdefault(seen, []).append(length)
     if len(meanings) > 1:
         found = ", ".join(f"{window} at lengths {at}" for window, at in meanings.items())
         raise GraphError(f"{describe(node)}: its mask means different windows by length: {found}")
@@ -145,22 +160,28 @@ def _extract(
     return _Mask(ReferenceEvaluator(ir.to_proto(small)), used)
 
 
-def _integers_above(mask: ir.Value) -> set[int]:
-    """Integer constants in the subgraph that computes a mask: its possible windows."""
-    found: set[int] = set()
-    stack: list[ir.Value | None] = [mask]
+def _above(mask: ir.Value) -> set[ir.Value]:
+    """Every value whose elements a mask is computed from; a Shape reads no elements."""
     visited: set[ir.Value] = set()
+    stack: list[ir.Value | None] = [mask]
     while stack:
         value = stack.pop()
         if value is None or value in visited:
             continue
         visited.add(value)
+        node = value.producer()
+        if node is not None and node.op_type not in ("Shape", "Size"):
+            stack.extend(node.inputs)
+    return visited
+
+
+def _integers(values: set[ir.Value]) -> set[int]:
+    """Integer constants among the values a mask is computed from: its possible windows."""
+    found: set[int] = set()
+    for value in values:
         array = constant(value)
         if array is not None and array.size == 1 and np.issubdtype(array.dtype, np.integer):
             found.add(abs(int(array.item())))
-        node = value.producer()
-        if node is not None:
-            stack.extend(node.inputs)
     return {number for number in found if number > 1}
 
 

@@ -21,25 +21,40 @@ def fuse_rotary(model: ir.Model) -> PassReport:
     report = PassReport("fuse_rotary")
 
     def check(
-        _context: object, x: ir.Value, cos: ir.Value, sin: ir.Value, **_: object
+        _context: object, x: ir.Value, first: ir.Value, cos: ir.Value, sin: ir.Value, **_: object
     ) -> MatchResult:
-        result = MatchResult()
-        for name, table in (("cos", cos), ("sin", sin)):
-            unsqueeze = producer(table, "Unsqueeze")
-            if unsqueeze is None or ints(unsqueeze.inputs[1]) != [1]:
-                reason, got = f"{name} is not [B, 1, S, D/2] unsqueezed at axis 1", table.shape
-            elif x.shape is None or len(x.shape) != 4:
-                reason, got = "x is not [B, H, S, D]", x.shape
-            else:
-                continue
-            consumer = next(iter(x.consumers()))
-            report.skips.append(Skip(describe(consumer), reason, str(got)))
-            return result.fail(reason, table)
-        return result
+        refusal = _refusal(x, first, cos, sin)
+        if refusal is None:
+            return MatchResult()
+        reason, got = refusal
+        split = first.producer()
+        assert split is not None
+        report.skips.append(Skip(describe(split), reason, str(got)))
+        return MatchResult().fail(reason, x)
 
     rule = RewriteRule(_halves, _replacement, check, name="rotary_halves")
     report.fired = RewriteRuleSet([rule], commute=True).apply_to_model(model)
     return report
+
+
+def _refusal(
+    x: ir.Value, first: ir.Value, cos: ir.Value, sin: ir.Value
+) -> tuple[str, object] | None:
+    """Why a match is not RoPE on halves, and the value that shows it; None if it is."""
+    if x.shape is None or len(x.shape) != 4 or not isinstance(x.shape[3], int):
+        return "x is not [B, H, S, D] with constant D", x.shape
+    half = [*x.shape[:3], x.shape[3] // 2]
+    if first.shape is None or list(first.shape) != half or x.shape[3] % 2:
+        return "x is not split into halves of its last axis", first.shape
+    for name, table in (("cos", cos), ("sin", sin)):
+        unsqueeze = producer(table, "Unsqueeze")
+        if unsqueeze is None or ints(unsqueeze.inputs[1]) != [1]:
+            return f"{name} is not unsqueezed at axis 1", table.shape
+        rows = unsqueeze.inputs[0]
+        wanted = [x.shape[0], x.shape[2], half[3]]
+        if rows is None or rows.shape is None or list(rows.shape) != wanted:
+            return f"{name} is not [B, S, D/2]", rows.shape if rows is not None else None
+    return None
 
 
 def _halves(op: OpsetPatternBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:

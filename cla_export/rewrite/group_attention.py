@@ -58,11 +58,6 @@ def group_attention(model: ir.Model, expected: KVLayout | None) -> tuple[KVLayou
 
 
 def _key_and_value(node: ir.Node) -> tuple[ir.Value, ir.Value]:
-    if len(node.inputs) > 4 and any(node.inputs[4:]):
-        raise GraphError(
-            f"{describe(node)}: it has a cache already (past or nonpad inputs); expected a "
-            "stateless graph, traced without a cache"
-        )
     key, value = node.inputs[1], node.inputs[2]
     if key is None or value is None:
         raise GraphError(f"{describe(node)}: its key or value input is missing")

@@ -14,8 +14,8 @@ Cases:
 import numpy as np
 import onnx_ir as ir
 
+from cla_export.rewrite.builder import named_constant
 from cla_export.rewrite.report import PassReport
-from cla_export.rewrite.simplify import named_constant
 from cla_export.rewrite.values import attention_nodes, producer
 
 
@@ -51,7 +51,9 @@ def _hoist(graph: ir.Graph, source: ir.Value, pairs: list[tuple[ir.Node, ir.Node
     width = weight.shape[0]
     assert isinstance(width, int)
     dtype = weight.dtype.numpy()
-    ones = named_constant(graph, np.ones(width, dtype), f"ones_{width}_{weight.dtype.name.lower()}")
+    ones = named_constant(
+        graph, np.ones(width, dtype), f"const/ones_{width}_{weight.dtype.name.lower()}"
+    )
     tape = ir.tape.Tape(graph)
     bare = tape.op(
         "RMSNormalization", [source, ones], first_norm.attributes, metadata_props=_scope(first_norm)

@@ -9,89 +9,98 @@ gather stands in front of the head, so only what is asked for is multiplied.
                     order; a row with fewer than n has them first, and padding after them
 
 Cases:
-1. The logits come from MatMul (and elementwise operators after it): gather before the MatMul.
+1. The logits come from a MatMul with a constant, and elementwise operators with constants after
+   it: gather before the MatMul.
 2. Otherwise gather the logits themselves; right, but no work is saved, and the report says so.
 """
 
 import numpy as np
 import onnx_ir as ir
 
+from cla_export.rewrite.builder import Builder, named_constant
 from cla_export.rewrite.report import PassReport
-from cla_export.rewrite.simplify import named_constant
-from cla_export.rewrite.thread_caches import SCOPE
 
 KEEP = "logits_to_keep"
 ALL = 2**31 - 1
-_ELEMENTWISE = ("Add", "Mul", "Div", "Tanh", "Cast", "Identity")
+_ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity")
 
 
 def keep_last_logits(model: ir.Model) -> PassReport:
     report = PassReport("keep_last_logits")
     graph = model.graph
     logits = next(value for value in graph.outputs if value.name == "logits")
-    tape = ir.tape.Tape(graph)
-    rows = _rows(graph, tape)
-    head = _head(logits)
-    if head is None:  # case 2
-        source = logits
+    build = Builder(graph, "head")
+    rows = _rows(graph, build)
+    chain = _head(logits)
+    if chain is None:  # case 2
         node = logits.producer()
         assert node is not None
         report.skip(node, "the head is not a MatMul; all logits are computed, then gathered")
-        kept = tape.op(
-            "GatherND", [source, rows], {"batch_dims": 1}, metadata_props={SCOPE: "head"}
-        )
-        kept.type = logits.type
-        graph.outputs[0] = kept
+        kept = _gather(build, logits, rows)
+        graph.outputs[graph.outputs.index(logits)] = kept
         logits.name, kept.name = "all_logits", "logits"
-        logits = kept
     else:  # case 1
-        hidden = head.inputs[0]
+        hidden = chain[0].inputs[0]
         assert hidden is not None
-        kept = tape.op(
-            "GatherND", [hidden, rows], {"batch_dims": 1}, metadata_props={SCOPE: "head"}
-        )
-        kept.type = hidden.type
-        width = hidden.shape[2] if hidden.shape is not None else None
-        kept.shape = ir.Shape(["batch", "num_logits", width])
-        head.replace_input_with(0, kept)
+        chain[0].replace_input_with(0, _gather(build, hidden, rows))
+        for node in chain:
+            made = node.outputs[0]
+            made.shape = _kept_shape(made)
         report.fired += 1
-    vocabulary = logits.shape[-1] if logits.shape is not None else None
-    logits.shape = ir.Shape(["batch", "num_logits", vocabulary])
     graph.sort()
     return report
 
 
-def _head(logits: ir.Value) -> ir.Node | None:
-    """The MatMul that makes the logits, through elementwise operators with constants."""
+def _gather(build: Builder, source: ir.Value, rows: ir.Value) -> ir.Value:
+    shape = _kept_shape(source)
+    return build.op(
+        "GatherND", [source, rows], {"batch_dims": 1}, shape=list(shape), dtype=source.dtype
+    )
+
+
+def _kept_shape(value: ir.Value) -> ir.Shape:
+    width = value.shape[-1] if value.shape is not None else None
+    return ir.Shape(["batch", "num_logits", width])
+
+
+def _head(logits: ir.Value) -> list[ir.Node] | None:
+    """The MatMul that makes the logits and the operators after it, in that order."""
+    chain: list[ir.Node] = []
     value: ir.Value | None = logits
     while value is not None and (node := value.producer()) is not None:
-        if node.op_type == "MatMul":
-            return node
-        if node.op_type not in _ELEMENTWISE:
+        computed = [v for v in node.inputs if v is not None and not _is_weight(v)]
+        if len(computed) != 1 or node.op_type not in ("MatMul", *_ELEMENTWISE):
             return None
-        value = node.inputs[0]
+        chain.insert(0, node)
+        if node.op_type == "MatMul":
+            return chain if computed[0] is node.inputs[0] else None
+        value = computed[0]
     return None
 
 
-def _rows(graph: ir.Graph, tape: ir.tape.Tape) -> ir.Value:
-    """Indices [B, logits_to_keep, 1] of each row's last valid tokens among this call's S."""
+def _is_weight(value: ir.Value) -> bool:
+    """Whether a value is an initialiser, possibly transposed or cast."""
+    node = value.producer()
+    if node is None:
+        return value.is_initializer()
+    only = node.inputs[0]
+    return node.op_type in ("Transpose", "Cast") and only is not None and only.is_initializer()
+
+
+def _rows(graph: ir.Graph, build: Builder) -> ir.Value:
+    """Indices [B, n, 1] of each row's last valid tokens among this call's S."""
     inputs = {value.name: value for value in graph.inputs}
     keep = named_constant(graph, np.array(ALL, np.int64), KEEP)
     graph.inputs.append(keep)
-    zero, one = (
-        named_constant(graph, np.array(n, np.int64), name) for n, name in ((0, "zero"), (1, "one"))
-    )
-    axis_1 = named_constant(graph, np.array([1], np.int64), "axis_1")
-    last_axis = named_constant(graph, np.array([-1], np.int64), "axis_last")
-    scope = {SCOPE: "head"}
-
-    def op(op_type: str, *values: ir.Value) -> ir.Value:
-        return tape.op(op_type, list(values), metadata_props=scope)
-
-    new_tokens = op("Sub", inputs["kv_lengths"], inputs["write_indices"])  # [B]
-    length = tape.op("Shape", [inputs["input_ids"]], {"start": 1, "end": 2}, metadata_props=scope)
-    count = op("Min", keep, op("Squeeze", length))  # n; also keeps shape inference from fixing it
-    first_kept = op("Max", op("Sub", new_tokens, count), zero)
-    steps = op("Range", zero, count, one)  # [n]
-    index = op("Add", op("Unsqueeze", first_kept, axis_1), steps)  # [B, n]
-    return op("Unsqueeze", index, last_axis)
+    zero, one = build.int64(0, "zero"), build.int64(1, "one")
+    length = build.op("Shape", [inputs["input_ids"]], {"start": 1, "end": 2}, shape=[1])
+    # n; the minimum also keeps shape inference from taking the default for a fixed size
+    count = build.op("Min", [keep, build.op("Squeeze", [length], shape=[])], shape=[])
+    new = build.op("Sub", [inputs["kv_lengths"], inputs["write_indices"]], shape=["batch"])
+    surplus = build.op("Sub", [new, count], shape=["batch"])
+    first = build.op("Max", [surplus, zero], shape=["batch"])
+    column = build.op("Unsqueeze", [first, build.int64([1], "axis_1")], shape=["batch", 1])
+    steps = build.op("Range", [zero, count, one], shape=["num_logits"])
+    index = build.op("Add", [column, steps], shape=["batch", "num_logits"])
+    last_axis = build.int64([-1], "axis_last")
+    return build.op("Unsqueeze", [index, last_axis], shape=["batch", "num_logits", 1])

@@ -7,9 +7,10 @@ weights keep their names. The exporter's own metadata (stack traces, paths) is d
 
 import onnx_ir as ir
 
+from cla_export.rewrite.builder import SCOPE
 from cla_export.rewrite.group_attention import LAYER
 from cla_export.rewrite.report import PassReport
-from cla_export.rewrite.thread_caches import GROUP, SCOPE
+from cla_export.rewrite.thread_caches import GROUP
 
 _KEPT = (LAYER, GROUP, "cla.window")
 

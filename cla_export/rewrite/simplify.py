@@ -11,6 +11,7 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import basic_constant_propagation, fold_constants
 from onnxscript.rewriter import rewrite as apply_library_rules
 
+from cla_export.rewrite.builder import named_constant
 from cla_export.rewrite.report import PassReport
 from cla_export.rewrite.values import ints, producer
 
@@ -59,7 +60,9 @@ def _static_reshape(graph: ir.Graph, node: ir.Node, report: PassReport) -> None:
     if dims.count(-1) > 1:
         report.skip(node, "more than one axis is computed", f"{before} -> {after}")
         return
-    shape = named_constant(graph, np.array(dims, np.int64), "shape_" + "_".join(map(str, dims)))
+    shape = named_constant(
+        graph, np.array(dims, np.int64), "const/shape_" + "_".join(map(str, dims))
+    )
     node.replace_input_with(1, shape)
     node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
     report.fired += 1
@@ -77,17 +80,3 @@ def _gather_rows(graph: ir.Graph, node: ir.Node, report: PassReport) -> None:  #
         graph, node, [node], [gather], node.outputs, gather.outputs
     )
     report.fired += 1
-
-
-def named_constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
-    """The graph's initialiser of that name, made on first use."""
-    if name not in graph.initializers:
-        graph.register_initializer(
-            ir.Value(
-                name=name,
-                type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-                shape=ir.Shape(array.shape),
-                const_value=ir.tensor(array, name=name),
-            )
-        )
-    return graph.initializers[name]

@@ -45,4 +45,11 @@ def _unexpanded(value: ir.Value | None) -> tuple[ir.Value | None, str]:
     source = unsqueeze.inputs[0]
     if source is None or source.shape is None or len(source.shape) != 4:
         return None, "the value under the expansion is not [B, Hkv, S, D]"
+    repeated = expand.outputs[0].shape  # [B, Hkv, repeats, S, D]
+    merged = value.shape if value is not None else None
+    if repeated is None or merged is None or len(repeated) != 5 or len(merged) != 4:
+        return None, "the expansion is not [B, Hkv, repeats, S, D] merged into [B, Hq, S, D]"
+    heads, repeats = repeated[1], repeated[2]
+    if not isinstance(heads, int) or not isinstance(repeats, int) or merged[1] != heads * repeats:
+        return None, f"its Reshape to {merged} does not merge heads and repeats"
     return source, ""

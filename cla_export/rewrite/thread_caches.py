@@ -21,14 +21,13 @@ import onnx_ir as ir
 
 from cla_export.errors import GraphError
 from cla_export.layout import KVLayout
+from cla_export.rewrite.builder import SCOPE, Builder, Dim
 from cla_export.rewrite.group_attention import LAYER
 from cla_export.rewrite.report import PassReport
-from cla_export.rewrite.simplify import named_constant
 from cla_export.rewrite.values import attention_nodes
 
 OPSET = 24
 IR_VERSION = 11  # newer ONNX packages default to more than ONNX Runtime reads
-SCOPE = "cla.scope"  # metadata key: where a node that a pass made belongs
 GROUP = "cla.group"  # metadata key of an Attention or TensorScatter node
 INT64 = ir.TensorType(ir.DataType.INT64)
 
@@ -121,49 +120,37 @@ class _Lengths:
     """Values derived from the row lengths, each made once per graph."""
 
     def __init__(self, graph: ir.Graph, input_ids: ir.Value, write_indices: ir.Value) -> None:
-        self._graph = graph
-        self._masks: dict[tuple[int, str], ir.Value] = {}
-        self._zero = named_constant(graph, np.array(0, np.int64), "zero")
-        self._one = named_constant(graph, np.array(1, np.int64), "one")
-        self._axis_1 = named_constant(graph, np.array([1], np.int64), "axis_1")
-        length = self._op("Shape", [input_ids], {"start": 1, "end": 2}, shape=[1])  # [S]
-        self.frontier = self._op("Add", [write_indices, length], shape=["batch"])
-        count = self._op("Squeeze", [length], shape=[])
-        steps = self._op("Range", [self._zero, count, self._one], shape=["sequence"])
-        starts = self._op("Unsqueeze", [write_indices, self._axis_1], shape=["batch", 1])
-        self.positions = self._op("Add", [starts, steps], shape=["batch", "sequence"])
+        self._build = build = Builder(graph, "lengths")
+        self._masks: dict[tuple[int, int], ir.Value] = {}
+        axis = build.int64([1], "axis_1")
+        length = build.op("Shape", [input_ids], {"start": 1, "end": 2}, shape=[1])  # [S]
+        self.frontier = build.op("Add", [write_indices, length], shape=["batch"])
+        steps = self._range(length, "sequence")
+        starts = build.op("Unsqueeze", [write_indices, axis], shape=["batch", 1])
+        self.positions = build.op("Add", [starts, steps], shape=["batch", "sequence"])
 
     def window_mask(self, window: int, cache: ir.Value, group: int) -> ir.Value:
         """Bool [B, 1, S, C]: true where a key is less than `window` behind the query."""
-        capacity = str(group)
-        if (window, capacity) not in self._masks:
-            length = self._op("Shape", [cache], {"start": 2, "end": 3}, shape=[1])
-            count = self._op("Squeeze", [length], shape=[])
-            keys = self._op("Range", [self._zero, count, self._one], shape=["capacity"])
-            axes = named_constant(self._graph, np.array([1, 3], np.int64), "axes_1_3")
-            queries = self._op(
-                "Unsqueeze", [self.positions, axes], shape=["batch", 1, "sequence", 1]
-            )
-            width = named_constant(self._graph, np.array(window, np.int64), f"window_{window}")
-            oldest = self._op("Sub", [queries, width], shape=["batch", 1, "sequence", 1])
-            self._masks[window, capacity] = self._op(
+        if (window, group) not in self._masks:
+            build = self._build
+            column: list[Dim] = ["batch", 1, "sequence", 1]
+            length = build.op("Shape", [cache], {"start": 2, "end": 3}, shape=[1])
+            keys = self._range(length, "capacity")
+            axes = build.int64([1, 3], "axes_1_3")
+            queries = build.op("Unsqueeze", [self.positions, axes], shape=column)
+            width = build.int64(window, f"window_{window}")
+            oldest = build.op("Sub", [queries, width], shape=column)
+            self._masks[window, group] = build.op(
                 "Greater",
                 [keys, oldest],
                 shape=["batch", 1, "sequence", "capacity"],
                 dtype=ir.DataType.BOOL,
             )
-        return self._masks[window, capacity]
+        return self._masks[window, group]
 
-    def _op(
-        self,
-        op_type: str,
-        inputs: list[ir.Value],
-        attributes: dict[str, int] | None = None,
-        *,
-        shape: list[int | str],
-        dtype: ir.DataType = ir.DataType.INT64,
-    ) -> ir.Value:
-        tape = ir.tape.Tape(self._graph)
-        value = tape.op(op_type, inputs, attributes, metadata_props={SCOPE: "lengths"})
-        value.shape, value.type = ir.Shape(shape), ir.TensorType(dtype)
-        return value
+    def _range(self, length: ir.Value, axis: str) -> ir.Value:
+        """0 .. length - 1, for a length of shape [1]."""
+        build = self._build
+        count = build.op("Squeeze", [length], shape=[])
+        zero, one = build.int64(0, "zero"), build.int64(1, "one")
+        return build.op("Range", [zero, count, one], shape=[axis])

@@ -16,8 +16,8 @@ from rich.console import Console
 from cla_export.bundle import write_manifest
 from cla_export.errors import BadInput, BundleError, GraphError, LayoutError
 from cla_export.inspection import Inspection, inspect
-from cla_export.views.inspection import map_lines, render
 from cla_export.layout import KVLayout, identity, uniform
+from cla_export.views.inspection import map_lines, render
 
 PAPER: dict[str, Any] = {  # H128-MQA-CLA2 of the paper's 1B scale
     "model_type": "cla",

@@ -12,8 +12,8 @@ from rich.console import Console
 from cla_export.errors import BadInput, MissingEnvironment
 from cla_export.layout import KVLayout, identity, uniform
 from cla_export.planning import Plan, parse_bytes, plan
-from cla_export.views.planning import plot, render
 from cla_export.spec import ModelSpec
+from cla_export.views.planning import plot, render
 
 GIB = 1024**3
 

@@ -17,6 +17,7 @@ from models_zoo import (
     stateless_kv,
     stateless_logits,
     tokens_of,
+    without_gc,
     write_graph,
 )
 from torch import Tensor, nn
@@ -146,7 +147,8 @@ def check_weights(graph: ir.Graph, spec: ModelSpec) -> None:
     expected = set(spec.weights()) | set(cla.constants(spec))
     found = {name for name, value in graph.initializers.items() if value.const_value is None}
     assert found == expected
-    projections = {name for name in found if "k_proj" in name or "v_proj" in name}
+    kv_weights = ("k_proj.weight", "v_proj.weight")
+    projections = {name for name in found if name.endswith(kv_weights)}
     assert len(projections) == 2 * spec.layout.num_groups
     for name in set(graph.initializers) - expected:
         assert graph.initializers[name].const_value.size <= 4, f"{name} is no small constant"
@@ -227,10 +229,14 @@ def text_of(model: ir.Model) -> list[tuple]:
             node.name,
             [value.name if value is not None else None for value in node.inputs],
             [value.name for value in node.outputs],
-            sorted((name, str(attribute.value)) for name, attribute in node.attributes.items()),
+            sorted((name, _plain(attribute.value)) for name, attribute in node.attributes.items()),
         )
         for node in model.graph
     ]
+
+
+def _plain(value: object) -> str:
+    return str(value.numpy().tolist() if isinstance(value, ir.TensorProtocol) else value)
 
 
 def test_discovery_needs_no_config(zoo: Zoo) -> None:
@@ -296,23 +302,23 @@ def distance(length: int) -> Tensor:
 
 
 class Foreign(nn.Module):
-    """Two layers of attention over learned positions; subclasses change one thing."""
+    """Layers of attention over learned positions and shared KV; subclasses change one thing."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.positions = nn.Embedding(POSITIONS, WIDTH)
-        self.q = nn.ModuleList(nn.Linear(WIDTH, Q_HEADS * DIM) for _ in range(2))
-        self.k = nn.ModuleList(nn.Linear(WIDTH, KV_HEADS * DIM) for _ in range(2))
-        self.v = nn.ModuleList(nn.Linear(WIDTH, KV_HEADS * DIM) for _ in range(2))
-        self.o = nn.ModuleList(nn.Linear(Q_HEADS * DIM, WIDTH) for _ in range(2))
+        self.q = nn.ModuleList(nn.Linear(WIDTH, Q_HEADS * DIM) for _ in range(layers))
+        self.k = nn.ModuleList(nn.Linear(WIDTH, KV_HEADS * DIM) for _ in range(layers))
+        self.v = nn.ModuleList(nn.Linear(WIDTH, KV_HEADS * DIM) for _ in range(layers))
+        self.o = nn.ModuleList(nn.Linear(Q_HEADS * DIM, WIDTH) for _ in range(layers))
         self.head = nn.Linear(WIDTH, VOCAB)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         x = self.embed(input_ids) + self.positions(position_ids)
         shared = None
-        for layer in range(2):
+        for layer in range(len(self.q)):
             query = self.split(self.q[layer](x))
             key, value = self.keys_values(layer, x, shared)
             shared = shared or (key, value)
@@ -337,15 +343,20 @@ class Foreign(nn.Module):
         return x.view(*x.shape[:-1], -1, DIM).transpose(1, 2)
 
 
-def with_mask(mask: Callable[[int], Tensor | None]) -> Foreign:
-    module = Foreign()
+def with_mask(mask: Callable[[int], Tensor | None], layers: int = 1) -> Foreign:
+    module = Foreign(layers)
     module.mask = mask
     return module
 
 
+def traced(module: nn.Module) -> ir.Model:
+    with without_gc():
+        return trace_module(module)
+
+
 def check_foreign(module: nn.Module, folder: Path, expected: KVLayout) -> Rewritten:
     """Rewrite, lower to both targets, run, compare with the module."""
-    rewritten = rewrite(trace_module(module))
+    rewritten = rewrite(traced(module))
     assert rewritten.layout == expected
     texts = [tokens_of(prompt + STEPS, seed, VOCAB) for seed, prompt in enumerate(PROMPTS)]
     with torch.inference_mode():
@@ -372,12 +383,12 @@ def test_a_causal_mask_written_out(tmp_path: Path) -> None:
 def test_an_additive_mask(tmp_path: Path) -> None:
     lowest = torch.finfo(torch.float32).min
     module = with_mask(lambda n: torch.zeros(n, n).masked_fill((distance(n) < 0), lowest))
-    check_foreign(module, tmp_path, KVLayout.create((0, 0), KV_HEADS, DIM))
+    check_foreign(module, tmp_path, KVLayout.create((0,), KV_HEADS, DIM))
 
 
 def test_a_window_as_a_band_of_distances(tmp_path: Path) -> None:
     module = with_mask(lambda n: (distance(n) >= 0) & (distance(n) <= 3))
-    check_foreign(module, tmp_path, KVLayout.create((0, 0), KV_HEADS, DIM, 4))
+    check_foreign(module, tmp_path, KVLayout.create((0,), KV_HEADS, DIM, 4))
 
 
 LARGE_WINDOWS = {
@@ -393,8 +404,8 @@ LARGE_WINDOWS = {
 @pytest.mark.parametrize("spelling", LARGE_WINDOWS)
 def test_a_window_too_large_to_evaluate(spelling: str) -> None:
     """4096 squared booleans are too many; a smaller number stands in for it."""
-    found = rewrite(trace_module(with_mask(LARGE_WINDOWS[spelling]))).layout
-    assert found == KVLayout.create((0, 0), KV_HEADS, DIM, 4096)
+    found = rewrite(traced(with_mask(LARGE_WINDOWS[spelling]))).layout
+    assert found == KVLayout.create((0,), KV_HEADS, DIM, 4096)
 
 
 def test_repeat_kv_written_out(tmp_path: Path) -> None:
@@ -414,7 +425,7 @@ def test_repeat_kv_written_out(tmp_path: Path) -> None:
 
 
 def test_why_nothing_was_stripped() -> None:
-    found = report(rewrite(trace_module(Foreign())), "strip_repeat_kv")
+    found = report(rewrite(traced(Foreign(1))), "strip_repeat_kv")
     assert found.fired == 0
     assert {skip.reason.split(": ")[0] for skip in found.skips} == {"key", "value"}
     assert all("true KV heads" in skip.reason for skip in found.skips)
@@ -474,7 +485,7 @@ def test_a_head_that_is_no_matrix_product(tmp_path: Path) -> None:
             skip = self.positions(position_ids)[..., :1]
             return super().forward(input_ids, position_ids) + skip
 
-    rewritten = check_foreign(Residual(), tmp_path, KVLayout.create((0, 0), KV_HEADS, DIM))
+    rewritten = check_foreign(Residual(1), tmp_path, KVLayout.create((0,), KV_HEADS, DIM))
     skips = report(rewritten, "keep_last_logits").skips
     assert len(skips) == 1
     assert "all logits are computed" in skips[0].reason
@@ -509,7 +520,7 @@ MASKS = {
 @pytest.mark.parametrize("kind", MASKS)
 def test_a_mask_that_cannot_be_cached(kind: str) -> None:
     mask, parts = MASKS[kind]
-    message = refusal(trace_module(with_mask(mask)))
+    message = refusal(traced(with_mask(mask)))
     for part in ("Attention node", *parts):
         assert part in message, message
 
@@ -517,15 +528,29 @@ def test_a_mask_that_cannot_be_cached(kind: str) -> None:
 def test_a_mask_that_depends_on_weights() -> None:
     class Learned(Foreign):
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__(layers=1)
             self.bias = nn.Parameter(torch.zeros(1))
 
         def mask(self, length):
             return alibi(length) * self.bias
 
-    message = refusal(trace_module(Learned()))
+    message = refusal(traced(Learned()))
     assert "Attention node" in message
     assert "depends on weight bias" in message
+
+
+def test_a_mask_that_depends_on_tokens() -> None:
+    class Padded(Foreign):
+        def forward(self, input_ids, position_ids):
+            self.padding = input_ids != 0
+            return super().forward(input_ids, position_ids)
+
+        def mask(self, length):
+            return causal(length) & self.padding[:, None, None, :]
+
+    message = refusal(traced(Padded(1)))
+    assert "Attention node" in message
+    assert "depends on the tokens of input_ids" in message
 
 
 def test_keys_shared_but_values_not() -> None:
@@ -534,7 +559,7 @@ def test_keys_shared_but_values_not() -> None:
             key, value = super().keys_values(layer, x, None)
             return (shared[0] if shared else key), value
 
-    message = refusal(trace_module(HalfShared()))
+    message = refusal(traced(HalfShared()))
     assert "Attention node" in message
     assert "layer 1 reads the keys of layer 0 but the values of layer 1" in message
 
@@ -545,7 +570,7 @@ def test_values_shared_but_keys_not() -> None:
             key, value = super().keys_values(layer, x, None)
             return key, (shared[1] if shared else value)
 
-    message = refusal(trace_module(HalfShared()))
+    message = refusal(traced(HalfShared()))
     assert "layer 1 reads the keys of layer 1 but the values of layer 0" in message
 
 
@@ -556,7 +581,7 @@ def test_no_attention_at_all() -> None:
             scores = (query @ key.transpose(2, 3)).masked_fill(~mask, -torch.inf)
             return scores.softmax(-1) @ value
 
-    message = refusal(trace_module(ByHand()))
+    message = refusal(traced(ByHand(1)))
     assert "no Attention node" in message
     assert "scaled_dot_product_attention" in message
     assert "Softmax" in message
