@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from cla_export.errors import BundleError
+from cla_export.errors import BundleError, LayoutError
 from cla_export.layout import KVLayout
 
 SCHEMA = 1
@@ -40,6 +40,7 @@ COPIED = (  # from the model folder, where it has them
     "chat_template.jinja",
     "heldout.txt",
 )
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, None)  # None: NumPy's, when a write falls short
 Progress = Callable[[str, int, int], None]  # what is done, bytes or steps done, of how many
 
 
@@ -125,9 +126,10 @@ def new_folder(dest: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
         partial.chmod(0o755)
         _swap(partial, dest)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if error.errno in _FULL:
             raise BundleError(
-                f"{dest.parent}: the disk is full ({error.strerror}); nothing was left behind"
+                f"{dest.parent}: the disk is full ({error.strerror or error}); nothing was left "
+                "behind"
             ) from error
         raise
     finally:
@@ -147,7 +149,7 @@ def _swap(partial: Path, dest: Path) -> None:
     dest.rename(retired / dest.name)
     try:
         partial.rename(dest)
-    except OSError:
+    except BaseException:  # an interrupt too
         (retired / dest.name).rename(dest)
         raise
     finally:
@@ -200,27 +202,39 @@ def open_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         schema = manifest["schema"]
         if schema == SCHEMA:
-            layout = KVLayout.from_json(manifest["kv_layout"])
-            files = dict(manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
+            bundle, files = _read_manifest(folder, manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, LayoutError) as error:
         raise BundleError(f"{folder / MANIFEST}: damaged ({error!r}); export again") from error
     if schema != SCHEMA:
         raise BundleError(
             f"{folder / MANIFEST}: schema {schema!r}; this version of cla-export reads {SCHEMA}"
         )
-    for name, entry in files.items():
-        _check_file(folder / name, entry, verify=verify)
-    return Bundle(folder, manifest, layout)
+    for name, (size, digest) in files.items():
+        _check_file(folder / name, size, digest if verify else None)
+    return bundle
 
 
-def _check_file(path: Path, entry: Mapping[str, object], *, verify: bool) -> None:
+def _read_manifest(
+    folder: Path, manifest: Mapping[str, object]
+) -> tuple[Bundle, dict[str, tuple[int, str]]]:
+    """The bundle, and name -> size and sha256 of each file; KeyError and others if one is missing."""
+    layout = KVLayout.from_json(cast("dict[str, object]", manifest["kv_layout"]))
+    entries = cast("dict[str, dict[str, object]]", manifest["files"]).items()
+    files = {name: (int(cast("int", e["bytes"])), str(e["sha256"])) for name, e in entries}
+    bundle = Bundle(folder, manifest, layout)
+    _ = files[GRAPH], bundle.target, bundle.dtype, bundle.source
+    _ = bundle.max_positions + bundle.vocab_size
+    return bundle, files
+
+
+def _check_file(path: Path, expected: int, digest: str | None) -> None:
     if not path.is_file():
         raise BundleError(f"{path}: missing from the bundle; export again")
     size = path.stat().st_size
-    if size != entry["bytes"]:
+    if size != expected:
         raise BundleError(
-            f"{path}: {size:,} bytes, {entry['bytes']:,} when exported; it was changed or "
-            "truncated. Export again"
+            f"{path}: {size:,} bytes, {expected:,} when exported; it was changed or truncated. "
+            "Export again"
         )
-    if verify and sha256(path) != entry["sha256"]:
+    if digest is not None and sha256(path) != digest:
         raise BundleError(f"{path}: changed after export (its sha256 differs); export again")

@@ -6,6 +6,8 @@ from xml.etree import ElementTree as ET
 
 from cla_export.compare.report import ParityReport, TensorResult
 
+_ROLES = {"attention": "attention output", "output": "layer output"}
+
 
 def write_report(report: ParityReport, folder: Path) -> list[Path]:
     """Write parity.json, parity.xml and parity.md into a folder, made if missing."""
@@ -114,23 +116,28 @@ def divergence_sentence(report: ParityReport) -> str | None:
     if report.passed:
         return None
     if (first := report.divergence) is not None:
+        what = _ROLES.get(first.role, first.role)
         return (
-            f"first divergence: layer {first.layer}, group {first.group}, {first.tensor}: off by "
-            f"{first.error:.3g}, allowed {first.tolerance:.2g} ({first.detail})"
+            f"first divergence: layer {first.layer}, group {first.group}, {what} at row "
+            f"{first.row}, position {first.position}: {first.got:.6g} instead of "
+            f"{first.expected:.6g}, allowed {first.tolerance:.2g} (case {first.case}, call "
+            f"{first.call})"
         )
     failed = next((result for result in report.tensors if not result.passed), None)
     if failed is None:
         return "no tensor differs beyond its tolerance; only generation or perplexity does"
     where = "the logits" if failed.group is None else f"group {failed.group}'s cache"
     return (
-        f"first divergence: {where} in case {failed.case}; no layer's output differs on a first "
-        "prompt, so look at the head, the lengths, or what is written to the caches"
+        f"first divergence: {where} in case {failed.case}, row {failed.row}, position "
+        f"{failed.position}; no layer's values differ there, so look at the final norm, the head, "
+        "which positions' logits are returned, or what is written to the cache"
     )
 
 
 def _sentence(result: TensorResult) -> str:
     verdict = "within" if result.passed else "beyond"
     return (
-        f"max error {result.max_error:.3g} at {result.worst}, {verdict} the allowed "
-        f"{result.tolerance:.3g}; mean {result.mean_error:.2g}, reference rms {result.rms:.3g}"
+        f"max error {result.max_error:.3g} at row {result.row}, position {result.position}, "
+        f"{verdict} the allowed {result.tolerance:.3g}; mean {result.mean_error:.2g}, rms "
+        f"{result.rms:.3g}"
     )

@@ -14,13 +14,14 @@ from polygraphy.logger import G_LOGGER
 from cla_export.bundle import Bundle, Progress, open_bundle
 from cla_export.compare.cases import SLOTS, Case, case_length, make_cases
 from cla_export.compare.locate import locate
+from cla_export.compare.metrics import compare_logits, cosine, log_softmax, profile
 from cla_export.compare.report import (
     GreedyResult,
     ParityReport,
     PerplexityResult,
     TensorResult,
 )
-from cla_export.compare.runners import ExecutorRunner, TorchRunner
+from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
 from cla_export.compare.text import token_stream
 from cla_export.compare.thresholds import GREEDY_TOKENS, THRESHOLDS, Threshold
 from cla_export.engines.executor import Executor
@@ -83,7 +84,7 @@ def compare_bundle(
     for window in sorted({w for w in bundle.layout.window if w is not None and w >= length}):
         report.notes.append(f"rows of {length} tokens do not reach past the window of {window}")
     cases = make_cases(length, stream)
-    _fill_with_garbage(executor)
+    fill_with_garbage(executor)
     rounded = None  # PyTorch in the bundle's dtype, to measure what rounding alone costs
     if threshold.factor:
         rounded = load_model(checkpoint, getattr(torch, bundle.dtype))
@@ -93,7 +94,9 @@ def compare_bundle(
     report.perplexity = _compare_perplexity(model, executor, stream, origin, threshold)
     if not report.passed:
         progress("locate the first divergence", 2, 3)
-        report.divergence = locate(bundle, model, rounded, cases[0], threshold)
+        failed = next((r.case for r in report.tensors if not r.passed), cases[0].name)
+        case = next(case for case in cases if case.name == failed)
+        report.divergence = locate(bundle, model, rounded, case, threshold, capacity)
     progress("done", 3, 3)
     return report
 
@@ -113,14 +116,6 @@ def _reference(bundle: Bundle, folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _fill_with_garbage(executor: Executor) -> None:
-    """Stale numbers in every slot: reading past a row's length must not go unnoticed."""
-    generator = np.random.default_rng(0)
-    for group in range(executor.layout.num_groups):
-        for pool in executor.cache(group):
-            pool[...] = (generator.standard_normal(pool.shape) * 50).astype(pool.dtype)
-
-
 def _compare_cases(
     cases: list[Case],
     model: ClaDecoder,
@@ -137,11 +132,10 @@ def _compare_cases(
                 [TorchRunner(model), ExecutorRunner(executor, "bundle")], data_loader=[case.feed]
             )
             expected, got = (iterations[0] for _, iterations in runs.items())
-            tolerance = dict.fromkeys(expected, threshold.floor)
-            if rounded is not None:
-                for name, array in TorchRunner(rounded).run_case(case.feed).items():
-                    noise = float(np.abs(array - expected[name]).max())
-                    tolerance[name] += threshold.factor * noise
+            noisy = TorchRunner(rounded).run_case(case.feed) if rounded is not None else {}
+            tolerance = {
+                name: threshold.of(array, noisy.get(name)) for name, array in expected.items()
+            }
             compared = Comparator.compare_accuracy(
                 runs, compare_func=CompareFunc.simple(atol=tolerance, rtol=0.0)
             )
@@ -164,20 +158,26 @@ def _tensor_result(
     error = np.abs(got.astype(np.float64) - expected)
     error[~np.isfinite(error)] = math.inf
     worst = int(np.unravel_index(int(error.argmax()), error.shape)[0])
-    starts = case.feed["logits_from"] if name == "logits" else np.zeros_like(case.feed["prompts"])
+    is_logits = name == "logits"
+    starts = case.feed["logits_from"] if is_logits else np.zeros_like(case.feed["prompts"])
     ends = np.cumsum(case.feed["prompts"] + case.feed["steps"] - starts)
     row = int(np.searchsorted(ends, worst, side="right"))
-    position = worst - (int(ends[row - 1]) if row else 0) + int(starts[row])
+    rms = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64))))
     return TensorResult(
         case=case.name,
         output=name,
-        group=None if name == "logits" else int(name.split(".")[1]),
+        group=None if is_logits else int(name.split(".")[1]),
         passed=passed and bool(np.isfinite(got).all()),
         max_error=float(error.max()),
         mean_error=float(error.mean()),
-        rms=float(np.sqrt(np.mean(np.square(expected, dtype=np.float64)))),
+        rms=rms,
         tolerance=tolerance,
-        worst=f"row {row}, position {position}",
+        row=row,
+        position=worst - (int(ends[row - 1]) if row else 0) + int(starts[row]),
+        cosine=cosine(expected, got),
+        max_relative=float(error.max()) / rms if rms else math.inf,
+        profile=profile(error),
+        logits=compare_logits(expected, got) if is_logits else None,
     )
 
 
@@ -192,26 +192,29 @@ def _compare_greedy(
 
     Up to the first disagreement both have the same prefix, so this is free-running agreement.
     """
-    count = min(GREEDY_TOKENS, executor.capacity - _PROMPT)
+    length = max(1, min(_PROMPT, executor.capacity // 2))
+    count = min(GREEDY_TOKENS, executor.capacity - length)
     results = []
     for prompt in range(3):
         progress("generate", prompt, 3)
         start = prompt * len(stream) // 3
-        tokens = [int(token) for token in np.resize(np.roll(stream, -start), _PROMPT)]
+        tokens = [int(token) for token in np.resize(np.roll(stream, -start), length)]
         logits = executor.prefill(0, tokens, 0)[-1]
         for step in range(count):
             tokens.append(int(logits.argmax()))
             if step + 1 < count:
                 logits = executor.decode([0], tokens[-1:], [len(tokens) - 1])[0]
-        results.append(_judge_greedy(model, prompt, tokens, tie))
+        results.append(_judge_greedy(model, prompt, tokens, length, tie))
     return results
 
 
 @torch.inference_mode()
-def _judge_greedy(model: ClaDecoder, prompt: int, tokens: list[int], tie: float) -> GreedyResult:
+def _judge_greedy(
+    model: ClaDecoder, prompt: int, tokens: list[int], length: int, tie: float
+) -> GreedyResult:
     ids = torch.tensor(tokens)[None]
-    reference = model(ids, torch.arange(len(tokens))[None])[0, _PROMPT - 1 : -1].numpy()
-    chosen = np.array(tokens[_PROMPT:])
+    reference = model(ids, torch.arange(len(tokens))[None])[0, length - 1 : -1].numpy()
+    chosen = np.array(tokens[length:])
     agree = reference.argmax(-1) == chosen
     gaps = reference.max(-1) - reference[np.arange(len(chosen)), chosen]
     wrong = np.flatnonzero(~agree)
@@ -260,8 +263,5 @@ def _compare_perplexity(
 
 def _losses(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
     """Negative log-likelihoods in nats of targets [N] under logits [N, V]."""
-    exact = logits.astype(np.float64)
-    top = exact.max(-1)
-    normaliser = top + np.log(np.exp(exact - top[:, None]).sum(-1))
-    losses: NDArray[np.float64] = normaliser - exact[np.arange(len(targets)), targets]
+    losses: NDArray[np.float64] = -log_softmax(logits)[np.arange(len(targets)), targets]
     return losses

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, field
 
+from cla_export.compare.metrics import LogitMetrics
+
 SCHEMA = 1
 
 
@@ -17,7 +19,12 @@ class TensorResult:
     mean_error: float
     rms: float  # of the reference
     tolerance: float
-    worst: str  # where: row, position
+    row: int  # where the largest error is
+    position: int
+    cosine: float
+    max_relative: float  # largest error over the reference's rms
+    profile: list[float]  # largest error in each stretch of positions, rows one after another
+    logits: LogitMetrics | None  # of output "logits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +55,20 @@ class PerplexityResult:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The first tensor in execution order that differs, found by marking every layer's outputs."""
+    """The first value in execution order that differs, found by replaying a failed case."""
 
-    layer: int | None
-    group: int | None
-    tensor: str
+    case: str
+    call: int  # which run of the graph in that case, from 0
+    layer: int
+    group: int
+    role: str  # q, k, v, attention (its output), output (of the layer)
+    row: int
+    position: int  # of the token in its row
+    channel: int
+    got: float
+    expected: float
     error: float
     tolerance: float
-    detail: str
 
 
 @dataclass(slots=True)

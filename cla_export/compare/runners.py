@@ -6,6 +6,7 @@ Both return, for all rows of a case one after another and valid positions only,
     cache.{g}.key    float32 [M, Hkv, D]   what group g's cache holds at the end, and .value
 """
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from time import perf_counter
 
@@ -22,7 +23,7 @@ from cla_export.models.cla import ClaDecoder
 Outputs = OrderedDict[str, NDArray[np.float32]]
 
 
-class _CaseRunner(BaseRunner):  # type: ignore[misc]  # polygraphy ships no types
+class _CaseRunner(BaseRunner, ABC):  # type: ignore[misc]  # polygraphy ships no types
     """Runs cases; subclasses say how."""
 
     def get_input_metadata_impl(self) -> TensorMetadata:
@@ -43,8 +44,9 @@ class _CaseRunner(BaseRunner):  # type: ignore[misc]  # polygraphy ships no type
         self.inference_time = perf_counter() - start
         return outputs
 
+    @abstractmethod
     def run_case(self, feed: Feed) -> Outputs:
-        raise NotImplementedError
+        """Run one case."""
 
 
 class TorchRunner(_CaseRunner):
@@ -58,7 +60,7 @@ class TorchRunner(_CaseRunner):
     def run_case(self, feed: Feed) -> Outputs:
         logits: list[NDArray[np.float32]] = []
         caches: list[list[NDArray[np.float32]]] = []
-        for tokens, first in zip(_rows(feed), feed["logits_from"], strict=True):
+        for tokens, first in zip(rows_of(feed), feed["logits_from"], strict=True):
             ids = torch.from_numpy(tokens)[None]
             positions = torch.arange(len(tokens))[None]
             row_logits, groups = self._model.forward_with_kv(ids, positions)
@@ -75,7 +77,7 @@ class ExecutorRunner(_CaseRunner):
         self._executor = executor
 
     def run_case(self, feed: Feed) -> Outputs:
-        executor, rows = self._executor, _rows(feed)
+        executor, rows = self._executor, rows_of(feed)
         prompts, first_slot = feed["prompts"].tolist(), int(feed["first_slot"])
         slots = range(first_slot, first_slot + len(rows))
         logits: list[list[NDArray[np.float32]]] = [[] for _ in rows]
@@ -107,7 +109,16 @@ class ExecutorRunner(_CaseRunner):
         return _outputs([np.concatenate(parts) for parts in logits], caches)
 
 
-def _rows(feed: Feed) -> list[NDArray[np.int64]]:
+def fill_with_garbage(executor: Executor) -> None:
+    """Stale numbers in every slot: reading past a row's length must not go unnoticed."""
+    generator = np.random.default_rng(0)
+    for group in range(executor.layout.num_groups):
+        for pool in executor.cache(group):
+            pool[...] = (generator.standard_normal(pool.shape) * 50).astype(pool.dtype)
+
+
+def rows_of(feed: Feed) -> list[NDArray[np.int64]]:
+    """Each row's tokens, without the padding."""
     totals = feed["prompts"] + feed["steps"]
     return [tokens[:total] for tokens, total in zip(feed["tokens"], totals, strict=True)]
 

@@ -1,39 +1,52 @@
 """Every tolerance of the gate, in one table, each with its reason.
 
 The reference is PyTorch in float32 on the checkpoint's own values. An element of a case's output
-may be off by `floor + factor * noise`, where noise is the largest error that PyTorch itself makes
-on that output when it runs in the bundle's dtype: what rounding costs is measured on the model at
-hand, not guessed from its depth.
+may be off by `scale * rms(reference) + factor * noise`, where noise is the largest error that
+PyTorch itself makes on that output when it runs in the bundle's dtype: what half precision costs is
+measured on the model at hand, not guessed from its depth. Both terms grow and shrink with the
+values, so a model with small logits is held to as many digits as one with large logits.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """Tolerances for bundles of one dtype: `floor` absolute, `factor` times PyTorch's own noise."""
+    """Tolerances for bundles of one dtype."""
 
-    floor: float
-    factor: float
+    scale: float  # of the reference's root mean square
+    factor: float  # of PyTorch's own error in that dtype
     perplexity: float  # relative difference
     reason: str
+
+    def of(
+        self, reference: NDArray[np.float32], rounded: NDArray[np.float32] | None = None
+    ) -> float:
+        """Allowed absolute error; `rounded` is the reference computed in the bundle's dtype."""
+        allowed = self.scale * float(np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
+        if rounded is not None:
+            allowed += self.factor * float(np.abs(rounded - reference).max())
+        return allowed
 
 
 THRESHOLDS = {
     "float32": Threshold(
-        floor=1e-4,
+        scale=5e-5,
         factor=0.0,
         perplexity=1e-4,
-        reason="same arithmetic, other order of summation: measured errors stay under 3e-5",
+        reason="same arithmetic, other order of summation: measured errors stay under 1e-5 of the rms",
     ),
     "float16": Threshold(
-        floor=1e-3,
+        scale=1e-3,
         factor=4.0,
         perplexity=1e-2,
         reason="two half-precision runs round at different places; 4 covers a maximum over 1e6",
     ),
     "bfloat16": Threshold(
-        floor=8e-3,
+        scale=8e-3,
         factor=4.0,
         perplexity=8e-2,
         reason="as float16, with 8 bits instead of 11",

@@ -52,7 +52,7 @@ class PooledExecutor(ABC):
         self.vocab_size = vocab_size
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int, keep: int = 1) -> Logits:
-        if not 1 <= keep <= len(tokens):
+        if tokens and not 1 <= keep <= len(tokens):
             raise BadInput(f"keep is {keep}; expected 1 to {len(tokens)}, the tokens of the chunk")
         logits: Logits = self._step(slot, [tokens], [start], keep)[0]
         return logits
@@ -66,9 +66,10 @@ class PooledExecutor(ABC):
                 f"{len(slots)} slots, {len(tokens)} tokens and {len(lengths)} lengths; expected as "
                 "many of each"
             )
-        if list(slots) != list(range(slots[0], slots[0] + len(slots))):
+        first = slots[0] if slots else 0
+        if list(slots) != list(range(first, first + len(slots))):
             raise BadInput(f"slots are {list(slots)}; a step runs on consecutive slots")
-        return self._step(slots[0], [[token] for token in tokens], lengths, 1)[:, 0]
+        return self._step(first, [[token] for token in tokens], lengths, 1)[:, 0]
 
     def _step(
         self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int], keep: int
@@ -81,7 +82,9 @@ class PooledExecutor(ABC):
         return self._run(first, input_ids, np.array(starts, np.int64), counts, keep)
 
     def _check_rows(self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
-        if not rows or first < 0 or first + len(rows) > self.slots:
+        if not rows:
+            raise BadInput("no rows; a step runs at least one")
+        if first < 0 or first + len(rows) > self.slots:
             raise BadInput(
                 f"slots {first} to {first + len(rows) - 1}; expected some of 0 to {self.slots - 1}"
             )

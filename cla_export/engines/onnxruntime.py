@@ -1,5 +1,6 @@
 """The ONNX Runtime executor: a bundle's graph over pools bound as past and present at once."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from cla_export.errors import BadInput, BundleError, MissingEnvironment
 from cla_export.rewrite.keep_last_logits import KEEP
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import onnx
 
 _NUMPY = {"float32": np.float32, "float16": np.float16}
 _QUIET = 3  # log errors only; ONNX Runtime warns about overridable initialisers, which we use
@@ -25,6 +26,7 @@ class OnnxRuntimeExecutor(PooledExecutor):
         capacity: tokens a slot can hold; at most the model's positions (None: all of them).
         slots: rows that can run side by side.
         threads: intra-operator threads, None for ONNX Runtime's own choice.
+        graph: run this in place of the bundle's graph, over the bundle's weights.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class OnnxRuntimeExecutor(PooledExecutor):
         capacity: int | None = None,
         slots: int = 1,
         threads: int | None = None,
+        graph: "onnx.ModelProto | None" = None,
     ) -> None:
         if bundle.dtype not in _NUMPY:
             raise MissingEnvironment(
@@ -43,8 +46,9 @@ class OnnxRuntimeExecutor(PooledExecutor):
         limit = bundle.max_positions
         if capacity is not None and capacity > limit:
             raise BadInput(f"capacity is {capacity}; the model has {limit} positions")
-        super().__init__(bundle.layout, capacity or limit, slots, bundle.vocab_size)
-        self._ort, self._session = _open(bundle.graph, threads)
+        capacity = limit if capacity is None else capacity
+        super().__init__(bundle.layout, capacity, slots, bundle.vocab_size)
+        self._ort, self._session = _open(bundle, threads, graph)
         self._by_mask = bundle.target == "onnxruntime"
         dtype = _NUMPY[bundle.dtype]
         self._pools: list[Cache] = []
@@ -64,6 +68,18 @@ class OnnxRuntimeExecutor(PooledExecutor):
         counts: NDArray[np.int64],
         keep: int,
     ) -> Logits:
+        return self._run_with(first, input_ids, starts, counts, keep, ())[0]
+
+    def _run_with(
+        self,
+        first: int,
+        input_ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        keep: int,
+        more: Iterable[str],
+    ) -> tuple[Logits, list[NDArray[np.generic]]]:
+        """Run one step; also return the outputs named in `more`."""
         rows, length = input_ids.shape
         if self._by_mask and rows > 1 and length > 1 and starts.any():
             raise BadInput(
@@ -80,10 +96,13 @@ class OnnxRuntimeExecutor(PooledExecutor):
         for name, value in self._views_of(first, rows):
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
-        binding.bind_output("logits")
+        wanted_outputs = ["logits", *more]
+        for name in wanted_outputs:
+            binding.bind_output(name)
         self._session.run_with_iobinding(binding)
-        logits: NDArray[np.generic] = binding.get_outputs()[-1].numpy()  # bound last
-        return logits.astype(np.float32, copy=False)
+        bound = binding.get_outputs()[-len(wanted_outputs) :]  # in the order they were bound
+        logits, *others = (value.numpy() for value in bound)
+        return logits.astype(np.float32, copy=False), others
 
     def _lengths(
         self, starts: NDArray[np.int64], counts: NDArray[np.int64], length: int
@@ -108,7 +127,7 @@ class OnnxRuntimeExecutor(PooledExecutor):
         return self._views[first, rows]
 
 
-def _open(graph: "Path", threads: int | None) -> tuple[Any, Any]:
+def _open(bundle: Bundle, threads: int | None, graph: "onnx.ModelProto | None") -> tuple[Any, Any]:
     try:
         import onnxruntime
     except ImportError as error:
@@ -119,12 +138,16 @@ def _open(graph: "Path", threads: int | None) -> tuple[Any, Any]:
     options.log_severity_level = _QUIET
     if threads is not None:
         options.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(
-            str(graph), options, providers=["CPUExecutionProvider"]
+    source: str | bytes = str(bundle.graph)
+    if graph is not None:
+        source = graph.SerializeToString()
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(bundle.folder)
         )
+    try:
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exception types derive from Exception alone
         raise BundleError(
-            f"{graph}: ONNX Runtime {onnxruntime.__version__} cannot open it: {error}"
+            f"{bundle.graph}: ONNX Runtime {onnxruntime.__version__} cannot open it: {error}"
         ) from error
     return onnxruntime, session

@@ -73,7 +73,7 @@ def _rope_theta(read: ConfigReader) -> float:
     if kind != "default":
         raise BadInput(
             f"config.json: RoPE scaling of type {kind!r} is not supported for model_type 'cla'; "
-            "expected plain RoPE (rope_theta alone). Use --module to export your own code instead"
+            "expected plain RoPE, that is rope_theta alone"
         )
     theta = scaling.get("rope_theta")
     if theta is not None:
