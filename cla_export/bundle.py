@@ -217,7 +217,7 @@ def open_bundle(folder: Path | str, *, verify: bool = True) -> Bundle:
 def _read_manifest(
     folder: Path, manifest: Mapping[str, object]
 ) -> tuple[Bundle, dict[str, tuple[int, str]]]:
-    """The bundle, and name -> size and sha256 of each file; KeyError and others if one is missing."""
+    """The bundle, and name -> size and sha256 of each file; some error if anything is missing."""
     layout = KVLayout.from_json(cast("dict[str, object]", manifest["kv_layout"]))
     entries = cast("dict[str, dict[str, object]]", manifest["files"]).items()
     files = {name: (int(cast("int", e["bytes"])), str(e["sha256"])) for name, e in entries}

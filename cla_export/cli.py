@@ -149,7 +149,7 @@ def parity(
     bundle: BundleFolder,
     reference: Annotated[Path | None, typer.Option(help="Model folder to compare with.")] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for JSON, JUnit and Markdown.")
+        Path | None, typer.Option(help="Folder for JSON, JUnit, Markdown, HTML.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Text for prompts and perplexity.")] = None,
     threads: Threads = None,

@@ -8,4 +8,13 @@ bin=.venv/bin
 echo "== ruff" && $bin/ruff check . && $bin/ruff format --check .
 echo "== mypy" && $bin/mypy
 echo "== goldens" && $bin/python scripts/regen_graphs.py --check
+if [ ! -x /usr/bin/chromium ]; then # tests/test_page.py opens the parity page in it
+  if [ "$(id -u)" = 0 ] && grep -qsE '^ID(_LIKE)?=.*(debian|ubuntu)' /etc/os-release; then
+    echo "== chromium"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } \
+      >/dev/null || echo "chromium could not be installed; tests/test_page.py will say so" >&2
+  else
+    echo "tests/test_page.py needs Chromium, such as: sudo apt-get install chromium" >&2
+  fi
+fi
 echo "== pytest" && $bin/python -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal "$@"

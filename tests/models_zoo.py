@@ -64,6 +64,12 @@ PATTERNS: dict[str, tuple[int, ...]] = {  # as few layers as show the pattern
     "non-contiguous": (0, 1, 0, 1),
     "one-owner": layout.one_owner(3),
 }
+MIXED: Config = {  # what most tests of a whole bundle use, so that it is exported once
+    "kv_owner": (0, 1, 0),
+    "sliding_window": 6,
+    "tie_word_embeddings": False,
+    "attention_bias": True,
+}
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}  # of 4 query heads
 
 

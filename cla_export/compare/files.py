@@ -1,21 +1,25 @@
-"""The gate's report as files: JSON for machines, JUnit XML for CI, Markdown for people."""
+"""The gate's report as files: JSON for machines, JUnit XML for CI, Markdown and HTML for people."""
 
 import json
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from cla_export.compare.report import ParityReport, TensorResult
+from cla_export.layout import KVLayout
 
 _ROLES = {"attention": "attention output", "output": "layer output"}
 
 
 def write_report(report: ParityReport, folder: Path) -> list[Path]:
-    """Write parity.json, parity.xml and parity.md into a folder, made if missing."""
+    """Write parity.json, .xml, .md and .html into a folder, made if missing."""
+    from cla_export.views.page import to_html  # which takes its sentences from here
+
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "parity.json": json.dumps(report.to_json(), indent=2) + "\n",
         "parity.xml": to_junit(report),
         "parity.md": to_markdown(report),
+        "parity.html": to_html(report, KVLayout.from_json(report.kv_layout)),
     }
     for name, text in contents.items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -22,7 +22,7 @@ from cla_export.compare.report import (
     TensorResult,
 )
 from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
-from cla_export.compare.text import token_stream
+from cla_export.compare.text import SEED, token_stream
 from cla_export.compare.thresholds import GREEDY_TOKENS, THRESHOLDS, Threshold
 from cla_export.engines.executor import Executor
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
@@ -45,7 +45,9 @@ def compare_bundle(
     reference: Path | str | None = None,
     *,
     text: Path | None = None,
+    seed: int = SEED,
     threads: int | None = None,
+    engine: type[OnnxRuntimeExecutor] = OnnxRuntimeExecutor,
     progress: Progress = _silent,
 ) -> ParityReport:
     """Compare a bundle with the PyTorch model it was exported from.
@@ -54,7 +56,9 @@ def compare_bundle(
         bundle: the bundle, or its folder (verified before use).
         reference: the model folder; None takes the one it was exported from.
         text: text for prompts and perplexity; None takes the bundle's heldout.txt, else random ids.
+        seed: of those random ids.
         threads: intra-operator threads of the runtime.
+        engine: the executor to run the bundle with, in the first divergence's replay too.
         progress: called with (what, done, of).
 
     Raises:
@@ -66,10 +70,10 @@ def compare_bundle(
     folder = Path(reference) if reference is not None else bundle.source
     checkpoint = _reference(bundle, folder)
     model = load_model(checkpoint)
-    stream, origin = token_stream(bundle, text)
+    stream, origin = token_stream(bundle, text, seed)
     length = case_length(bundle.layout, bundle.max_positions)
     capacity = min(length + _SPARE, bundle.max_positions)
-    executor = OnnxRuntimeExecutor(bundle, capacity=capacity, slots=SLOTS, threads=threads)
+    executor = engine(bundle, capacity=capacity, slots=SLOTS, threads=threads)
     threshold = THRESHOLDS[bundle.dtype]
     report = ParityReport(
         bundle=str(bundle.folder),
@@ -79,6 +83,7 @@ def compare_bundle(
         backend="onnxruntime",
         tokens=origin,
         length=length,
+        kv_layout=bundle.layout.to_json(),
         tools={name: version(name) for name in _TOOLS},
     )
     for window in sorted({w for w in bundle.layout.window if w is not None and w >= length}):
@@ -96,7 +101,7 @@ def compare_bundle(
         progress("locate the first divergence", 2, 3)
         failed = next((r.case for r in report.tensors if not r.passed), cases[0].name)
         case = next(case for case in cases if case.name == failed)
-        report.divergence = locate(bundle, model, rounded, case, threshold, capacity)
+        report.divergence = locate(bundle, model, rounded, case, threshold, capacity, engine)
     progress("done", 3, 3)
     return report
 

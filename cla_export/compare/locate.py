@@ -8,11 +8,12 @@ import numpy as np
 
 from cla_export.bundle import Bundle
 from cla_export.compare.cases import SLOTS, Case
-from cla_export.compare.marks import MarkedExecutor
+from cla_export.compare.marks import marked
 from cla_export.compare.probe import torch_tensors
 from cla_export.compare.report import Divergence
 from cla_export.compare.runners import ExecutorRunner, fill_with_garbage, rows_of
 from cla_export.compare.thresholds import Threshold
+from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.models.cla import ClaDecoder
 
 _WITHIN = 3.0  # a value inside the network may be this much further off than what comes out
@@ -25,12 +26,13 @@ def locate(
     case: Case,
     threshold: Threshold,
     capacity: int,
+    engine: type[OnnxRuntimeExecutor] = OnnxRuntimeExecutor,
 ) -> Divergence | None:
     """The first value over tolerance in a replay of `case`; None if no layer's values differ.
 
     `rounded` is the model in the bundle's dtype, whose own errors set the tolerance.
     """
-    executor = MarkedExecutor(bundle, capacity=capacity, slots=SLOTS)
+    executor = marked(engine)(bundle, capacity=capacity, slots=SLOTS)
     fill_with_garbage(executor)
     ExecutorRunner(executor, "marked").run_case(case.feed)
     tokens = rows_of(case.feed)

@@ -5,6 +5,7 @@ called `layers.{i}/...`, and the last of these makes the layer's output.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -57,6 +58,15 @@ class MarkedExecutor(OnnxRuntimeExecutor):
         call = Call(first, tuple(starts.tolist()), tuple(counts.tolist()), rows)
         self.calls.append(call)
         return logits
+
+
+def marked(engine: type[OnnxRuntimeExecutor]) -> type[MarkedExecutor]:
+    """That executor, over the marked graph."""
+    if engine is OnnxRuntimeExecutor:
+        return MarkedExecutor
+    return cast(
+        "type[MarkedExecutor]", type(f"Marked{engine.__name__}", (MarkedExecutor, engine), {})
+    )
 
 
 def mark(model: ir.Model) -> dict[tuple[int, str], str]:

@@ -1,6 +1,8 @@
 """What the gate found, as data."""
 
+import math
 from dataclasses import asdict, dataclass, field
+from typing import cast
 
 from cla_export.compare.metrics import LogitMetrics
 
@@ -82,6 +84,7 @@ class ParityReport:
     backend: str
     tokens: str
     length: int
+    kv_layout: dict[str, list[int] | list[int | None]]  # of the bundle, as KVLayout.to_json
     tensors: list[TensorResult] = field(default_factory=list)
     greedy: list[GreedyResult] = field(default_factory=list)
     perplexity: PerplexityResult | None = None
@@ -106,9 +109,18 @@ class ParityReport:
         return max((r for r in self.tensors if r.output == output), key=lambda r: r.max_error)
 
     def to_json(self) -> dict[str, object]:
+        """Plain JSON values; an error that is not finite becomes null, which JSON can say."""
         return {
             "schema": SCHEMA,
             "passed": self.passed,
             "greedy_agreement": self.greedy_agreement,
-            **asdict(self),
+            **cast("dict[str, object]", _finite(asdict(self))),
         }
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

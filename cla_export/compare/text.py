@@ -8,13 +8,14 @@ from cla_export.bundle import Bundle
 from cla_export.errors import BadInput
 from cla_export.tokenizer import load_tokenizer
 
-_SEED = 20240521
+SEED = 20240521
 
 
-def token_stream(bundle: Bundle, text: Path | None) -> tuple[list[int], str]:
+def token_stream(bundle: Bundle, text: Path | None, seed: int = SEED) -> tuple[list[int], str]:
     """Token ids to compare on, and a word about where they come from.
 
-    `text` None takes the bundle's own heldout.txt where there is one and a tokenizer to read it.
+    `text` None takes the bundle's own heldout.txt where there is one and a tokenizer to read it;
+    `seed` is that of the random ids otherwise.
     """
     path = text or bundle.folder / "heldout.txt"
     tokenizer = load_tokenizer(bundle.folder)
@@ -27,5 +28,5 @@ def token_stream(bundle: Bundle, text: Path | None) -> tuple[list[int], str]:
             f"{text}: "
             + ("no such file" if not text.is_file() else "the bundle has no tokenizer.json")
         )
-    generator = np.random.default_rng(_SEED)
-    return generator.integers(0, bundle.vocab_size, 4096).tolist(), f"random ids, seed {_SEED}"
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, bundle.vocab_size, 4096).tolist(), f"random ids, seed {seed}"

@@ -37,7 +37,7 @@ THRESHOLDS = {
         scale=5e-5,
         factor=0.0,
         perplexity=1e-4,
-        reason="same arithmetic, other order of summation: measured errors stay under 1e-5 of the rms",
+        reason="same arithmetic, other order of summation: measured errors stay under 1e-5 rms",
     ),
     "float16": Threshold(
         scale=1e-3,

@@ -49,6 +49,7 @@ class OnnxRuntimeExecutor(PooledExecutor):
         capacity = limit if capacity is None else capacity
         super().__init__(bundle.layout, capacity, slots, bundle.vocab_size)
         self._ort, self._session = _open(bundle, threads, graph)
+        self._graph = bundle.graph
         self._by_mask = bundle.target == "onnxruntime"
         dtype = _NUMPY[bundle.dtype]
         self._pools: list[Cache] = []
@@ -99,7 +100,12 @@ class OnnxRuntimeExecutor(PooledExecutor):
         wanted_outputs = ["logits", *more]
         for name in wanted_outputs:
             binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's own exception types derive from it alone
+            raise BundleError(
+                f"{self._graph}: ONNX Runtime {self._ort.__version__} failed to run it: {error}"
+            ) from error
         bound = binding.get_outputs()[-len(wanted_outputs) :]  # in the order they were bound
         logits, *others = (value.numpy() for value in bound)
         return logits.astype(np.float32, copy=False), others

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from models_zoo import (
     BASE,
+    MIXED,
     Zoo,
     drive,
     stateless_kv,
@@ -21,7 +22,6 @@ from cla_export.engines.torch import TorchExecutor
 from cla_export.errors import BadInput, BundleError, MissingEnvironment
 
 CLOSE = 1e-4  # float32 through other kernels; measured errors stay under 1e-5
-MODEL = {"kv_owner": (0, 1, 0), "sliding_window": 6}
 KINDS = ("torch", "onnxruntime", "portable")
 VOCAB, POSITIONS = BASE["vocab_size"], BASE["max_position_embeddings"]
 STALE = 77.0  # what every slot holds before a test: reading beyond a row must show
@@ -35,15 +35,15 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make(zoo: Zoo, kind: str) -> Make:
-    """An executor of this kind over MODEL, its slots full of stale numbers."""
+    """An executor of this kind over MIXED, its slots full of stale numbers."""
 
     def executor(capacity: int | None = 24, slots: int = 4) -> PooledExecutor:
         made: PooledExecutor
         if kind == "torch":
             capacity = POSITIONS if capacity is None else capacity
-            made = TorchExecutor(zoo.model(**MODEL), capacity=capacity, slots=slots)
+            made = TorchExecutor(zoo.model(**MIXED), capacity=capacity, slots=slots)
         else:
-            bundle = zoo.bundle(kind, **MODEL)
+            bundle = zoo.bundle(kind, **MIXED)
             made = OnnxRuntimeExecutor(bundle, capacity=capacity, slots=slots, threads=1)
         for group in range(made.layout.num_groups):
             for pool in made.cache(group):
@@ -55,7 +55,7 @@ def make(zoo: Zoo, kind: str) -> Make:
 
 def check_cache(zoo: Zoo, executor: PooledExecutor, slot: int, text: list[int]) -> None:
     """The slot holds what the model computes for the text, and nothing was written behind it."""
-    for group, expected in enumerate(stateless_kv(zoo.model(**MODEL), text)):
+    for group, expected in enumerate(stateless_kv(zoo.model(**MIXED), text)):
         for pool, cached in zip(executor.cache(group), expected, strict=True):
             assert np.abs(pool[slot][:, : len(text)] - cached).max() <= CLOSE
 
@@ -76,7 +76,7 @@ def test_capacity_defaults_to_the_models_positions(make: Make) -> None:
 
 
 def test_ragged_prefill_and_decode(zoo: Zoo, make: Make) -> None:
-    model, prompts = zoo.model(**MODEL), [1, 11, 7, 4]
+    model, prompts = zoo.model(**MIXED), [1, 11, 7, 4]
     texts = [tokens_of(prompt + 10, seed) for seed, prompt in enumerate(prompts)]
     executor = make()
     for row, logits in enumerate(drive(executor, texts, prompts)):
@@ -87,7 +87,7 @@ def test_ragged_prefill_and_decode(zoo: Zoo, make: Make) -> None:
 
 def test_chunked_prefill(zoo: Zoo, make: Make) -> None:
     text, executor = tokens_of(20), make()
-    expected = stateless_logits(zoo.model(**MODEL), text)
+    expected = stateless_logits(zoo.model(**MIXED), text)
     start = 0
     for chunk in (7, 1, 5, 1, 6):
         logits = executor.prefill(2, text[start : start + chunk], start, keep=chunk)
@@ -101,7 +101,7 @@ def test_chunked_prefill(zoo: Zoo, make: Make) -> None:
 def test_keep_gives_the_last_logits_in_order(zoo: Zoo, make: Make, keep: int) -> None:
     text = tokens_of(9)
     logits = make().prefill(0, text, 0, keep=keep)
-    expected = stateless_logits(zoo.model(**MODEL), text)[-keep:]
+    expected = stateless_logits(zoo.model(**MIXED), text)[-keep:]
     assert logits.shape == expected.shape
     assert np.abs(logits - expected).max() <= CLOSE
 
@@ -111,13 +111,13 @@ def test_a_slot_can_be_filled_to_the_last_token(zoo: Zoo, make: Make) -> None:
     executor.prefill(3, text[:22], 0)
     for step in (22, 23):
         logits = executor.decode([3], [text[step]], [step])
-    assert np.abs(logits[0] - stateless_logits(zoo.model(**MODEL), text)[-1]).max() <= CLOSE
+    assert np.abs(logits[0] - stateless_logits(zoo.model(**MIXED), text)[-1]).max() <= CLOSE
     check_cache(zoo, executor, 3, text)
 
 
 def test_a_slot_used_again_and_one_rewound(zoo: Zoo, make: Make) -> None:
     """What a longer text left behind is never read; going back to an earlier length is free."""
-    model, executor = zoo.model(**MODEL), make()
+    model, executor = zoo.model(**MIXED), make()
     executor.prefill(1, tokens_of(20, 5), 0)
     text = tokens_of(9, 6)
     logits = executor.prefill(1, text[:8], 0)
@@ -150,7 +150,7 @@ def test_everything_is_written_in_place(make: Make) -> None:
 def test_no_buffer_of_the_size_of_a_cache_is_returned(zoo: Zoo) -> None:
     """ONNX Runtime gets the pools as outputs too, so `present` is never allocated."""
     for target in ("onnxruntime", "portable"):
-        executor = OnnxRuntimeExecutor(zoo.bundle(target, **MODEL), capacity=24, slots=2, threads=1)
+        executor = OnnxRuntimeExecutor(zoo.bundle(target, **MIXED), capacity=24, slots=2, threads=1)
         names = [name for name, _ in executor._views_of(0, 2)]
         assert names == [f"{group}.{part}" for group in range(2) for part in ("key", "value")]
         for (_, value), pool in zip(
@@ -234,7 +234,7 @@ def test_rows_without_tokens(make: Make) -> None:
 
 def test_several_chunks_after_held_tokens(zoo: Zoo) -> None:
     """Standard operators take them; the fused operator does not, and says so before it runs."""
-    bundles = {kind: zoo.bundle(kind, **MODEL) for kind in ("onnxruntime", "portable")}
+    bundles = {kind: zoo.bundle(kind, **MIXED) for kind in ("onnxruntime", "portable")}
     executors = {
         kind: OnnxRuntimeExecutor(bundle, capacity=24, slots=2, threads=1)
         for kind, bundle in bundles.items()
@@ -250,7 +250,7 @@ def test_several_chunks_after_held_tokens(zoo: Zoo) -> None:
         "prefill one slot at a time",
     )
     logits = executors["portable"]._step(0, chunks, held, 3)
-    model = zoo.model(**MODEL)
+    model = zoo.model(**MIXED)
     for row, (text, start) in enumerate(zip(texts, held, strict=True)):
         expected = stateless_logits(model, text)[start : start + 3]
         assert np.abs(logits[row] - expected).max() <= CLOSE
@@ -267,7 +267,7 @@ def test_no_room_at_all(make: Make, capacity: int, slots: int) -> None:
 
 def test_more_capacity_than_positions(zoo: Zoo) -> None:
     with pytest.raises(BadInput, match=r"capacity is 65; the model has 64 positions"):
-        OnnxRuntimeExecutor(zoo.bundle(**MODEL), capacity=65)
+        OnnxRuntimeExecutor(zoo.bundle(**MIXED), capacity=65)
 
 
 def test_bfloat16_needs_another_machine(zoo: Zoo) -> None:
@@ -291,7 +291,7 @@ def test_float16(zoo: Zoo) -> None:
 
 def test_a_graph_that_is_none(zoo: Zoo, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    broken = replace(zoo.bundle(**MODEL), folder=tmp_path)
+    broken = replace(zoo.bundle(**MIXED), folder=tmp_path)
     with pytest.raises(BundleError, match="cannot open it") as caught:
         OnnxRuntimeExecutor(broken)
     assert "model.onnx" in str(caught.value)

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models_zoo import Zoo, make_checkpoint
+from models_zoo import MIXED, Zoo, make_checkpoint
 from onnx import numpy_helper
 from safetensors.torch import load_file
 
@@ -31,7 +31,7 @@ from cla_export.exporter import export
 from cla_export.layout import KVLayout
 from cla_export.models import cla
 
-MODEL = {"kv_owner": (0, 0, 2), "sliding_window": 9, "tie_word_embeddings": False}
+LAYOUT = KVLayout.create((0, 1, 0), 2, 16, 6)
 TARGETS = ("onnxruntime", "portable")
 NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
@@ -46,7 +46,7 @@ def quick(zoo: Zoo) -> Iterator[None]:
 @pytest.fixture
 def copy(zoo: Zoo, tmp_path: Path) -> Path:
     """A bundle that a test may damage."""
-    return shutil.copytree(zoo.bundle(**MODEL).folder, tmp_path / "bundle")
+    return shutil.copytree(zoo.bundle(**MIXED).folder, tmp_path / "bundle")
 
 
 def arrays(graph_file: Path) -> dict[str, np.ndarray]:
@@ -60,28 +60,27 @@ def arrays(graph_file: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_contents(zoo: Zoo, target: str) -> None:
-    folder = zoo.bundle(target, **MODEL).folder
+    folder = zoo.bundle(target, **MIXED).folder
     names = {path.name for path in folder.iterdir()}
     expected = {"model.onnx", "model.onnx.data", "config.json", "generation_config.json"}
     expected |= {"bundle.json"} | ({"genai_config.json"} if target == "onnxruntime" else set())
     assert names == expected
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
-    source = zoo.folder(**MODEL)
+    source = zoo.folder(**MIXED)
     for name in ("config.json", "generation_config.json"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_manifest(zoo: Zoo, target: str) -> None:
-    folder = zoo.bundle(target, **MODEL).folder
+    folder = zoo.bundle(target, **MIXED).folder
     manifest = json.loads((folder / "bundle.json").read_text())
     assert manifest["schema"] == 1
     assert manifest["cla_export"] == __version__
     assert (manifest["target"], manifest["dtype"]) == (target, "float32")
     assert manifest["limits"] == {"max_positions": 64, "vocab_size": 61}
-    layout = KVLayout.create((0, 0, 2), 2, 16, 9)
-    assert KVLayout.from_json(manifest["kv_layout"]) == layout
-    for group, entry in zip(layout.groups, manifest["groups"], strict=True):
+    assert KVLayout.from_json(manifest["kv_layout"]) == LAYOUT
+    for group, entry in zip(LAYOUT.groups, manifest["groups"], strict=True):
         for field in ("index", "owner", "kv_heads", "head_dim", "window"):
             assert entry[field] == getattr(group, field)
         assert entry["layers"] == list(group.layers)
@@ -92,7 +91,7 @@ def test_manifest(zoo: Zoo, target: str) -> None:
     assert manifest["inputs"] == [value.name for value in model.graph.input]
     assert manifest["outputs"] == [value.name for value in model.graph.output]
     assert {"torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime"} <= set(manifest["tools"])
-    source = zoo.folder(**MODEL)
+    source = zoo.folder(**MIXED)
     assert manifest["source"]["folder"] == str(source)
     for name, digest in manifest["source"]["sha256"].items():
         assert digest == hashlib.sha256((source / name).read_bytes()).hexdigest()
@@ -100,7 +99,7 @@ def test_manifest(zoo: Zoo, target: str) -> None:
 
 
 def test_every_file_is_hashed(zoo: Zoo) -> None:
-    folder = zoo.bundle(**MODEL).folder
+    folder = zoo.bundle(**MIXED).folder
     files = json.loads((folder / "bundle.json").read_text())["files"]
     assert set(files) == {path.name for path in folder.iterdir()} - {"bundle.json"}
     for name, entry in files.items():
@@ -109,26 +108,26 @@ def test_every_file_is_hashed(zoo: Zoo) -> None:
 
 
 def test_opened(zoo: Zoo) -> None:
-    bundle = open_bundle(zoo.bundle(**MODEL).folder)
+    bundle = open_bundle(zoo.bundle(**MIXED).folder)
     assert isinstance(bundle, Bundle)
-    assert bundle.layout == KVLayout.create((0, 0, 2), 2, 16, 9)
+    assert bundle.layout == LAYOUT
     assert (bundle.target, bundle.dtype) == ("onnxruntime", "float32")
     assert (bundle.max_positions, bundle.vocab_size) == (64, 61)
-    assert bundle.source == zoo.folder(**MODEL)
+    assert bundle.source == zoo.folder(**MIXED)
     assert bundle.graph.is_file()
-    assert bundle.config()["kv_owner"] == [0, 0, 2]
+    assert bundle.config()["kv_owner"] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", NUMPY)
 def test_weights_are_the_checkpoints(zoo: Zoo, target: str, dtype: str) -> None:
     """Converted, each number once, to the dtype of the file; RoPE tables and indices apart."""
-    found = arrays(zoo.bundle(target, dtype, **MODEL).graph)
-    tensors = load_file(zoo.folder(**MODEL) / "model.safetensors")
+    found = arrays(zoo.bundle(target, dtype, **MIXED).graph)
+    tensors = load_file(zoo.folder(**MIXED) / "model.safetensors")
     for name, tensor in tensors.items():
         assert found[name].dtype == NUMPY[dtype]
         assert np.array_equal(found[name], tensor.numpy().astype(NUMPY[dtype]))
-    spec = zoo.checkpoint(**MODEL).spec
+    spec = zoo.checkpoint(**MIXED).spec
     for name, table in cla.constants(spec).items():
         assert found[name].dtype == np.float32
         assert np.array_equal(found[name], table.numpy())
@@ -139,7 +138,7 @@ def test_weights_are_the_checkpoints(zoo: Zoo, target: str, dtype: str) -> None:
 def test_weights_of_a_bfloat16_checkpoint_are_held_exactly(
     zoo: Zoo, quick: None, tmp_path: Path
 ) -> None:
-    source = make_checkpoint(tmp_path / "model", dtype=torch.bfloat16, **MODEL)
+    source = make_checkpoint(tmp_path / "model", dtype=torch.bfloat16, **MIXED)
     bundle = export(source, tmp_path / "bundle", dtype="fp32")
     found = arrays(bundle.graph)
     for name, tensor in load_file(source / "model.safetensors").items():
@@ -150,7 +149,7 @@ def test_weights_of_a_bfloat16_checkpoint_are_held_exactly(
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", NUMPY)
 def test_the_graph_is_valid_onnx(zoo: Zoo, target: str, dtype: str) -> None:
-    bundle = zoo.bundle(target, dtype, **MODEL)
+    bundle = zoo.bundle(target, dtype, **MIXED)
     onnx.checker.check_model(bundle.graph)
     model = onnx.load(bundle.graph, load_external_data=False)
     assert model.ir_version <= 13
@@ -164,11 +163,11 @@ def test_the_graph_is_valid_onnx(zoo: Zoo, target: str, dtype: str) -> None:
             assert value.type.tensor_type.elem_type == element
     strings = model.SerializeToString().decode("latin-1")
     assert str(Path.cwd()) not in strings, "no paths of the machine that exported it"
-    assert str(zoo.folder(**MODEL)) not in strings
+    assert str(zoo.folder(**MIXED)) not in strings
 
 
 def test_the_standard_graph_infers_its_shapes(zoo: Zoo) -> None:
-    model = onnx.load(zoo.bundle("portable", **MODEL).graph)
+    model = onnx.load(zoo.bundle("portable", **MIXED).graph)
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     for value in inferred.graph.output:
         dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
@@ -192,7 +191,7 @@ TEXTS = {
 
 
 def test_what_belongs_to_the_model_comes_along(zoo: Zoo, quick: None, tmp_path: Path) -> None:
-    source = shutil.copytree(zoo.folder(**MODEL), tmp_path / "model")
+    source = shutil.copytree(zoo.folder(**MIXED), tmp_path / "model")
     for name, text in TEXTS.items():
         (source / name).write_text(text)
     (source / "optimizer.pt").write_text("not needed")
@@ -206,7 +205,7 @@ def test_what_belongs_to_the_model_comes_along(zoo: Zoo, quick: None, tmp_path: 
 
 def test_progress_is_told_in_order(zoo: Zoo, quick: None, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    export(zoo.folder(**MODEL), tmp_path / "bundle", progress=lambda *args: told.append(args))
+    export(zoo.folder(**MIXED), tmp_path / "bundle", progress=lambda *args: told.append(args))
     stages = list(dict.fromkeys(what for what, _, _ in told))
     assert stages[:6] == ["read the model folder", "trace", "rewrite", "lower", "write", "weights"]
     assert "sha256 model.onnx.data" in stages
@@ -226,7 +225,7 @@ def test_an_option_that_is_not_known(
     zoo: Zoo, tmp_path: Path, options: dict[str, str], parts: list[str]
 ) -> None:
     with pytest.raises(BadInput) as caught:
-        export(zoo.folder(**MODEL), tmp_path / "bundle", **options)
+        export(zoo.folder(**MIXED), tmp_path / "bundle", **options)
     assert all(part in str(caught.value) for part in parts)
     assert not any(tmp_path.iterdir())
 
@@ -238,11 +237,11 @@ def test_a_destination_that_exists(zoo: Zoo, quick: None, tmp_path: Path) -> Non
     dest = tmp_path / "bundle"
     dest.mkdir()
     with pytest.raises(BundleError, match="exists already") as caught:
-        export(zoo.folder(**MODEL), dest)
+        export(zoo.folder(**MIXED), dest)
     assert str(dest) in str(caught.value)
     assert "--force" in str(caught.value)
     assert list(tmp_path.iterdir()) == [dest]
-    export(zoo.folder(**MODEL), dest, force=True)  # an empty folder may be taken
+    export(zoo.folder(**MIXED), dest, force=True)  # an empty folder may be taken
     assert open_bundle(dest).target == "onnxruntime"
 
 
@@ -250,9 +249,9 @@ def test_force_replaces_a_bundle(zoo: Zoo, quick: None, copy: Path, tmp_path: Pa
     (copy / "model.onnx").write_bytes(b"an old one")
     (copy / "engines").mkdir()
     with pytest.raises(BundleError, match="exists already"):
-        export(zoo.folder(**MODEL), copy)
+        export(zoo.folder(**MIXED), copy)
     assert (copy / "model.onnx").read_bytes() == b"an old one"
-    export(zoo.folder(**MODEL), copy, target="portable", force=True)
+    export(zoo.folder(**MIXED), copy, target="portable", force=True)
     assert open_bundle(copy).target == "portable"
     assert not (copy / "engines").exists()
     assert list(tmp_path.iterdir()) == [copy]
@@ -267,7 +266,7 @@ def test_force_replaces_nothing_else(zoo: Zoo, tmp_path: Path, content: str) -> 
         kept = dest / "thesis.tex"
     kept.write_text("years of work")
     with pytest.raises(BundleError, match="is not a bundle") as caught:
-        export(zoo.folder(**MODEL), dest, force=True)
+        export(zoo.folder(**MIXED), dest, force=True)
     assert str(dest) in str(caught.value)
     assert kept.read_text() == "years of work"
     assert list(tmp_path.iterdir()) == [dest]
@@ -276,7 +275,7 @@ def test_force_replaces_nothing_else(zoo: Zoo, tmp_path: Path, content: str) -> 
 def test_a_destination_under_a_file(zoo: Zoo, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="cannot be written"):
-        export(zoo.folder(**MODEL), tmp_path / "file" / "bundle")
+        export(zoo.folder(**MIXED), tmp_path / "file" / "bundle")
 
 
 def test_a_disk_that_cannot_hold_it(
@@ -285,7 +284,7 @@ def test_a_disk_that_cannot_hold_it(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1234))
     with pytest.raises(BundleError, match=r"needs [0-9,]+ bytes.* 1,234") as caught:
-        export(zoo.folder(**MODEL), tmp_path / "bundle")
+        export(zoo.folder(**MIXED), tmp_path / "bundle")
     assert caught.value.exit_code == 2
     assert not any(tmp_path.iterdir())
 
@@ -316,7 +315,7 @@ def test_a_changed_file(copy: Path, name: str) -> None:
 
 
 def test_a_changed_tokenizer(zoo: Zoo, quick: None, tmp_path: Path) -> None:
-    source = shutil.copytree(zoo.folder(**MODEL), tmp_path / "model")
+    source = shutil.copytree(zoo.folder(**MIXED), tmp_path / "model")
     (source / "tokenizer.json").write_text('{"version": "1.0"}')
     bundle = export(source, tmp_path / "bundle")
     (bundle.folder / "tokenizer.json").write_text('{"version": "1.1"}')
@@ -381,7 +380,7 @@ def test_a_manifest_of_a_later_version(copy: Path) -> None:
 
 def test_a_folder_that_is_no_bundle(zoo: Zoo, tmp_path: Path) -> None:
     for folder, kind in (
-        (zoo.folder(**MODEL), "a model folder"),
+        (zoo.folder(**MIXED), "a model folder"),
         (tmp_path, "not a bundle"),
         (tmp_path / "gone", "not a folder"),
     ):
@@ -412,14 +411,14 @@ class Stopped(KeyboardInterrupt):
 def test_interrupted(zoo: Zoo, quick: None, tmp_path: Path, stage: str, existing: bool) -> None:
     dest = tmp_path / "bundle"
     if existing:
-        shutil.copytree(zoo.bundle(**MODEL).folder, dest)
+        shutil.copytree(zoo.bundle(**MIXED).folder, dest)
 
     def progress(what: str, done: int, of: int) -> None:
         if what == stage and (done or of <= len(STAGES)):
             raise Stopped
 
     with pytest.raises(Stopped):
-        export(zoo.folder(**MODEL), dest, target="portable", force=existing, progress=progress)
+        export(zoo.folder(**MIXED), dest, target="portable", force=existing, progress=progress)
     if existing:
         assert list(tmp_path.iterdir()) == [dest]
         assert open_bundle(dest).target == "onnxruntime", "the old bundle, whole"
@@ -440,7 +439,7 @@ def test_interrupted_between_the_two_renames(
 
     monkeypatch.setattr(Path, "rename", stop)
     with pytest.raises(Stopped):
-        export(zoo.folder(**MODEL), copy, target="portable", force=True)
+        export(zoo.folder(**MIXED), copy, target="portable", force=True)
     assert list(tmp_path.iterdir()) == [copy]
     assert open_bundle(copy).target == "onnxruntime"
 
@@ -452,7 +451,7 @@ def test_an_error_of_the_graph_leaves_nothing(
         "cla_export.trace.trace", lambda *_: (_ for _ in ()).throw(ClaExportError("no"))
     )
     with pytest.raises(ClaExportError, match="no"):
-        export(zoo.folder(**MODEL), tmp_path / "bundle")
+        export(zoo.folder(**MIXED), tmp_path / "bundle")
     assert not any(tmp_path.iterdir())
 
 
@@ -466,7 +465,7 @@ def test_a_full_disk(
     with pytest.raises(
         BundleError, match=r"the disk is full \(No space left on device\)"
     ) as caught:
-        export(zoo.folder(**MODEL), tmp_path / "bundle")
+        export(zoo.folder(**MIXED), tmp_path / "bundle")
     assert caught.value.exit_code == 2
     assert "nothing was left behind" in str(caught.value)
     assert not any(tmp_path.iterdir())

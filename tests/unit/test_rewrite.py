@@ -30,6 +30,7 @@ from cla_export.layout import KVLayout
 from cla_export.lower import Lowered, lower
 from cla_export.models import cla
 from cla_export.rewrite import Rewritten, rewrite
+from cla_export.rewrite.structure import check_structure
 from cla_export.rewrite.values import attention_nodes
 from cla_export.spec import ModelSpec
 from cla_export.trace import trace_module
@@ -287,6 +288,44 @@ def refusal(stateless: ir.Model, expected: KVLayout | None = None) -> str:
     return str(caught.value)
 
 
+def reads_the_past(graph: ir.Graph) -> None:
+    node = attention_nodes(graph)[1]
+    node.replace_input_with(1, graph.inputs[3])
+
+
+def writes_twice(graph: ir.Graph) -> None:
+    scatter = next(node for node in graph if node.op_type == "TensorScatter")
+    again = ir.node("TensorScatter", [scatter.outputs[0], *scatter.inputs[1:]])
+    graph.append(again)
+
+
+def lacks_an_output(graph: ir.Graph) -> None:
+    graph.outputs.pop()
+
+
+def has_another_input(graph: ir.Graph) -> None:
+    graph.inputs.append(ir.Value(name="past_key_values.1.key"))
+
+
+WRONG = {
+    "layer 1 reads ['past_key_values.0.key', 'present.0.value']": reads_the_past,
+    "3 TensorScatter nodes; expected 2 for each of 1 groups": writes_twice,
+    "cache outputs are ['present.0.key']": lacks_an_output,
+    "cache inputs are": has_another_input,
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_structure_is_checked(zoo: Zoo, message: str) -> None:
+    model = zoo.canonical(kv_owner=(0, 0)).model
+    layout = make_spec(kv_owner=(0, 0)).layout
+    check_structure(model, layout)
+    WRONG[message](model.graph)
+    with pytest.raises(GraphError) as caught:
+        check_structure(model, layout)
+    assert message in str(caught.value)
+
+
 # Modules of other people: small, written as such code is, traced like --module would.
 
 VOCAB, WIDTH, Q_HEADS, KV_HEADS, DIM, POSITIONS = 23, 16, 4, 2, 8, 32
@@ -392,9 +431,7 @@ def test_a_window_as_a_band_of_distances(tmp_path: Path) -> None:
 
 
 LARGE_WINDOWS = {
-    "less than": lambda n: (distance(n) >= 0) & (distance(n) < 4096),
     "at most": lambda n: (distance(n) >= 0) & (distance(n) <= 4095),
-    "greater than": lambda n: (distance(n) >= 0) & (distance(n) - 4096 < 0),
     "additive": lambda n: torch.zeros(n, n).masked_fill(
         (distance(n) < 0) | (distance(n) >= 4096), -torch.inf
     ),
