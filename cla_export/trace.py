@@ -10,6 +10,7 @@ Its initialisers carry the module's own names and have no values yet (see weight
 """
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -87,13 +88,21 @@ def _name_parameters(model: ir.Model, module: nn.Module, names: set[str]) -> Non
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes about packages nobody asked for off the terminal."""
+    """Keep the exporter's notes about packages nobody asked for off the terminal.
+
+    Garbage collection waits as well: tracing makes millions of small objects that live to its end,
+    and looking through them again and again takes a quarter of the time.
+    """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    collecting = gc.isenabled()
+    gc.disable()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
             logger.setLevel(level)
+            if collecting:
+                gc.enable()

@@ -43,11 +43,12 @@ def judge(name: str, layout: str, zoo_folder: str) -> Cell:
         except Exception as error:  # the table must be printed to its end
             return Cell(name, layout, "error", "error", f"{type(error).__name__}: {error}")
     if outcome is None:
-        return Cell(name, layout, "–", "not applicable")
+        return Cell(name, layout, "-", "not applicable")
     problem = outcome.problem()
+    if problem is not None and outcome.invisible is not None:
+        return Cell(name, layout, "equivalent", "equivalent", outcome.invisible)
     if problem == "survived":
-        verdict = "equivalent" if mutant.equivalent else "survived"
-        return Cell(name, layout, f"**{verdict}**", verdict, problem)
+        return Cell(name, layout, "**survived**", problem, problem)
     text = f"{outcome.case}; {outcome.found}"
     if problem is not None:
         return Cell(name, layout, f"**misplaced** {text}", "misplaced", problem)

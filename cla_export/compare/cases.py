@@ -66,7 +66,7 @@ def make_cases(length: int, stream: Sequence[int]) -> list[Case]:
         Case(
             "batched-prefill",
             "prompts of different lengths in one padded call",
-            _feed(rows[1 : SLOTS + 1], uneven, min(8, steps), chunk=0),
+            _feed(rows[1:SLOTS], uneven[1:], min(8, steps), chunk=0, first_slot=1),
         ),
         Case(
             "slot-reuse",

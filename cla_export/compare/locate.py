@@ -17,6 +17,7 @@ from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.models.cla import ClaDecoder
 
 _WITHIN = 3.0  # a value inside the network may be this much further off than what comes out
+_ENOUGH = 32  # tokens whose mean error says something
 
 
 def locate(
@@ -44,13 +45,16 @@ def locate(
             for row, made in enumerate(call.rows):
                 index, start = call.first_slot + row - first_slot, call.starts[row]
                 whole = expected[index][layer, role]
-                tolerance = _WITHIN * threshold.of(whole, noisy[index][layer, role])
+                rounding = noisy[index][layer, role]
+                tolerance = _WITHIN * threshold.of(whole, rounding)
                 got = made[layer, role]
                 reference = whole[start : start + len(got)]
                 error = np.abs(got - reference)
                 error[~np.isfinite(error)] = np.inf
                 worst = int(error.argmax())
-                if error.flat[worst] <= tolerance:
+                few = len(got) < _ENOUGH
+                typical = few or error.mean() <= threshold.mean_of(whole, rounding)
+                if error.flat[worst] <= tolerance and typical:
                     continue
                 token, channel = divmod(worst, error.shape[1])
                 return Divergence(

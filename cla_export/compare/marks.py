@@ -72,10 +72,11 @@ def marked(engine: type[OnnxRuntimeExecutor]) -> type[MarkedExecutor]:
 def mark(model: ir.Model) -> dict[tuple[int, str], str]:
     """Add outputs to the graph; returns (layer, role) -> the graph's name, in execution order."""
     values: dict[tuple[int, str], ir.Value] = {}
+    scattered: set[ir.Node] = set()
     for node in model.graph:
         if LAYER in node.metadata_props:
             layer = int(node.metadata_props[LAYER])
-            for role, value in zip(ROLES, _around(node), strict=False):
+            for role, value in zip(ROLES, _around(node, scattered), strict=False):
                 if value is not None:
                     values[layer, role] = value
         elif (name := str(node.name)).startswith("layers."):
@@ -87,8 +88,11 @@ def mark(model: ir.Model) -> dict[tuple[int, str], str]:
     return {key: str(values[key].name) for key in order}
 
 
-def _around(node: ir.Node) -> list[ir.Value | None]:
-    """q, new k, new v (None for a sharer) and output of an attention node."""
+def _around(node: ir.Node, scattered: set[ir.Node]) -> list[ir.Value | None]:
+    """q, new k, new v (None for a sharer) and output of an attention node.
+
+    `scattered` collects the TensorScatter nodes met: whoever reads one first owns it.
+    """
     q, key, value = node.inputs[:3]
     if node.op_type == "GroupQueryAttention":
         owner = len(node.outputs) > 1
@@ -96,8 +100,11 @@ def _around(node: ir.Node) -> list[ir.Value | None]:
     new = []
     for present in (key, value):
         scatter = present.producer() if present is not None else None
-        is_first = present is not None and next(iter(present.consumers())) is node
-        new.append(scatter.inputs[1] if scatter is not None and is_first else None)
+        if scatter is None or scatter.op_type != "TensorScatter" or scatter in scattered:
+            new.append(None)
+        else:
+            scattered.add(scatter)
+            new.append(scatter.inputs[1])
     return [q, *new, node.outputs[0]]
 
 

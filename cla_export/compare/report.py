@@ -27,6 +27,7 @@ class TensorResult:
     max_relative: float  # largest error over the reference's rms
     profile: list[float]  # largest error in each stretch of positions, rows one after another
     logits: LogitMetrics | None  # of output "logits"
+    mean_tolerance: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class ParityReport:
     greedy: list[GreedyResult] = field(default_factory=list)
     perplexity: PerplexityResult | None = None
     divergence: Divergence | None = None
+    graph_faults: list[str] = field(default_factory=list)  # see compare.reading
     tools: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -96,7 +98,8 @@ class ParityReport:
     def passed(self) -> bool:
         scored = self.perplexity is None or self.perplexity.passed
         generated = all(result.passed for result in self.greedy)
-        return bool(self.tensors) and all(r.passed for r in self.tensors) and generated and scored
+        compared = bool(self.tensors) and all(result.passed for result in self.tensors)
+        return compared and generated and scored and not self.graph_faults
 
     @property
     def greedy_agreement(self) -> float:

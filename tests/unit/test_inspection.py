@@ -389,7 +389,10 @@ def bundle(path: Path, **changes: Any) -> Path:
         "layer_types": [F, S, F, S, F, S],
     }  # fmt: skip
     folder(path, config)
-    described = {"target": "onnxruntime", "dtype": "float32", "kv_layout": LAYOUT.to_json()}
+    described = {
+        "target": "onnxruntime", "dtype": "float32", "kv_layout": LAYOUT.to_json(),
+        "limits": {"max_positions": 64, "vocab_size": 61}, "source": {"folder": str(path)},
+    }  # fmt: skip
     write_manifest(path, described | changes, lambda *_: None)
     return path
 

@@ -1,0 +1,65 @@
+"""Correct bundles of many kinds, for measuring how close the gate comes to a false alarm."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from models_zoo import Zoo
+from mutants import LAYOUTS
+
+from cla_export.compare.gate import compare_bundle
+from cla_export.compare.report import ParityReport
+
+_LAYOUTS = [name for name in LAYOUTS if "/" not in name]
+_POSITIONS = (176, 90)  # other row lengths, so other chunks and prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One correct bundle and the way it is compared. Seed 0, 1, 2, ... goes through all ways."""
+
+    seed: int
+    dtype: str
+
+    @property
+    def layout(self) -> str:
+        return _LAYOUTS[self.seed % len(_LAYOUTS)]
+
+    @property
+    def threads(self) -> int:
+        return 1 + self.seed // len(_LAYOUTS) % 2
+
+    @property
+    def positions(self) -> int:
+        return _POSITIONS[self.seed // (2 * len(_LAYOUTS)) % len(_POSITIONS)]
+
+    @property
+    def target(self) -> str:
+        return "portable" if self.seed % 3 == 2 else "onnxruntime"
+
+    def run(self, zoo: Zoo, model_seed: int | None = None) -> ParityReport:
+        """Compare with weights of `model_seed` (None: of this seed) and prompts of this seed."""
+        config: dict[str, Any] = {**LAYOUTS[self.layout], "max_position_embeddings": self.positions}
+        seed = self.seed if model_seed is None else model_seed
+        bundle = zoo.bundle(self.target, self.dtype, **config, **({"seed": seed} if seed else {}))
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return compare_bundle(bundle, seed=self.seed, threads=self.threads)
+        finally:
+            torch.set_num_threads(before)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layout} {self.dtype} {self.target}, {self.positions} positions, seed "
+            f"{self.seed}, {self.threads} threads"
+        )
+
+
+def worst_share(report: ParityReport) -> float:
+    """The largest error of the report over what is allowed for it; above 1 it is an alarm."""
+    shares = [r.max_error / r.tolerance for r in report.tensors]
+    shares += [r.mean_error / r.mean_tolerance for r in report.tensors]
+    if report.perplexity is not None:
+        shares.append(report.perplexity.difference / report.perplexity.tolerance)
+    return max(shares)
