@@ -97,7 +97,7 @@ def _around(node: ir.Node, scattered: set[ir.Node]) -> list[ir.Value | None]:
     if node.op_type == "GroupQueryAttention":
         owner = len(node.outputs) > 1
         return [q, key if owner else None, value if owner else None, node.outputs[0]]
-    new = []
+    new: list[ir.Value | None] = []
     for present in (key, value):
         scatter = present.producer() if present is not None else None
         if scatter is None or scatter.op_type != "TensorScatter" or scatter in scattered:
