@@ -1,6 +1,6 @@
 """Export and prove every sharing pattern x head kind x attention; print the README's table.
 
-python scripts/parity_matrix.py            # 60 tiny models with random weights, about 8 minutes
+python scripts/parity_matrix.py            # 60 tiny models with random weights, about 12 minutes
 python scripts/parity_matrix.py --target portable --only CLA2
 """
 
