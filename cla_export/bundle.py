@@ -22,6 +22,7 @@ from typing import cast
 
 from cla_export.errors import BundleError, LayoutError
 from cla_export.layout import KVLayout
+from cla_export.quantization import Quantization
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
@@ -60,6 +61,18 @@ class Bundle:
     def dtype(self) -> str:
         """Dtype of weights, activations and caches: float32, float16 or bfloat16."""
         return cast("str", self.manifest["dtype"])
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How weights are quantised, if they are."""
+        content = cast("dict[str, int] | None", self.manifest.get("quantization"))
+        return None if content is None else Quantization(**content)
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype, and the weights' where that is another: `float32, int4 weights`."""
+        how = self.quantization
+        return self.dtype if how is None else f"{self.dtype}, {how.name} weights"
 
     @property
     def max_positions(self) -> int:
@@ -223,7 +236,7 @@ def _read_manifest(
     files = {name: (int(cast("int", e["bytes"])), str(e["sha256"])) for name, e in entries}
     bundle = Bundle(folder, manifest, layout)
     _ = files[GRAPH], bundle.target, bundle.dtype, bundle.source
-    _ = bundle.max_positions + bundle.vocab_size
+    _ = bundle.max_positions + bundle.vocab_size, bundle.quantization
     return bundle, files
 
 

@@ -48,6 +48,13 @@ class DType(StrEnum):
     bf16 = "bf16"
 
 
+class Quantize(StrEnum):
+    """Weight-only quantisation."""
+
+    int4 = "int4"
+    int8 = "int8"
+
+
 class Backend(StrEnum):
     """What runs a bundle."""
 
@@ -118,13 +125,22 @@ def export(
         Target, typer.Option(help="What to lower the graph for.")
     ] = Target.onnxruntime,
     dtype: Annotated[DType, typer.Option(help="Weights, activations and caches.")] = DType.fp32,
+    quantize: Annotated[
+        Quantize | None, typer.Option(help="Weights alone, in blocks of 32; target onnxruntime.")
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a model folder to a bundle: an ONNX graph with one KV cache per layer group."""
     with _progress() as progress:
         bundle = cla_export.export(
-            source, dest, target=target.value, dtype=dtype.value, force=force, progress=progress
+            source,
+            dest,
+            target=target.value,
+            dtype=dtype.value,
+            quantize=None if quantize is None else quantize.value,
+            force=force,
+            progress=progress,
         )
     if as_json:
         _show(dict(bundle.manifest))
@@ -136,8 +152,8 @@ def export(
         for layout in (bundle.layout, bundle.layout.dense_twin())
     )
     console.print(
-        f"  {bundle.target}, {bundle.dtype}; KV cache {own:,} bytes per token, {dense:,} without "
-        "sharing",
+        f"  {bundle.target}, {bundle.arithmetic}; KV cache {own:,} bytes per token, {dense:,} "
+        "without sharing",
         highlight=False,
     )
     for reason in bundle.attention_choices():
@@ -152,20 +168,40 @@ def parity(
         Path | None, typer.Option(help="Folder for JSON, JUnit, Markdown, HTML.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Text for prompts and perplexity.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the cases' shapes, and of random prompts.")
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="parity.json of an earlier run: fail also on what was better then."),
+    ] = None,
+    debug_dir: Annotated[
+        Path | None,
+        typer.Option(help="On failure, leave the first wrong call here, for polygraphy to replay."),
+    ] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Prove a bundle equal to its PyTorch model; exit 1 if it is not."""
-    from cla_export.compare.files import divergence_sentence, write_report
+    from cla_export.compare.files import failure, write_report
     from cla_export.views.parity import render
 
     with _progress() as progress:
-        found = cla_export.parity(bundle, reference, text=text, threads=threads, progress=progress)
+        found = cla_export.parity(
+            bundle,
+            reference,
+            text=text,
+            threads=threads,
+            baseline=baseline,
+            debug_dir=debug_dir,
+            progress=progress,
+            **({} if seed is None else {"seed": seed}),
+        )
     if report is not None:
         write_report(found, report)
     _show(found.to_json()) if as_json else render(found, _console())
     if not found.passed:
-        raise CheckFailed(f"{bundle}: not equal to its PyTorch model; {divergence_sentence(found)}")
+        raise CheckFailed(f"{bundle}: {failure(found)}")
 
 
 @app.command(epilog='Example: cla-export generate my-bundle "In the beginning" -n 64')

@@ -26,6 +26,10 @@ class BundleError(BadInput):
     """A bundle that is incomplete, was changed after export, or does not fit the request."""
 
 
+class RunError(BundleError):
+    """A runtime cannot open a bundle's graph, or fails while running it."""
+
+
 class CheckFailed(ClaExportError):
     """A check ran to its end and its answer is no, such as a parity breach (exit code 1)."""
 

@@ -1,6 +1,7 @@
 """export: a model folder becomes a bundle. Trace, rewrite, lower, write, hash, rename."""
 
 import json
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from cla_export.errors import BadInput
 from cla_export.genai import genai_config
 from cla_export.lower import check_target
 from cla_export.models.checkpoint import Checkpoint, open_checkpoint
+from cla_export.quantization import Quantization
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,6 +45,7 @@ def export(
     *,
     target: str = "onnxruntime",
     dtype: str = "fp32",
+    quantize: str | None = None,
     force: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
@@ -54,6 +57,8 @@ def export(
         target: what the graph is lowered for, `onnxruntime` or `portable`.
         dtype: `fp32`, `fp16` or `bf16`, of weights, activations and caches. Conversion happens
             tensor by tensor while writing; fp32 holds every checkpoint exactly.
+        quantize: `int4` or `int8` weights in place of `dtype`'s; see `quantization`. Target
+            `onnxruntime` only.
         force: replace an existing bundle.
         progress: called with (what, done, of) as work goes on.
 
@@ -65,6 +70,7 @@ def export(
 
     from cla_export import weights
     from cla_export.lower import lower
+    from cla_export.lower.quantize_weights import quantize_weights
     from cla_export.models import family_of
     from cla_export.rewrite import rewrite
     from cla_export.trace import trace
@@ -72,6 +78,12 @@ def export(
     check_target(target)
     if dtype not in DTYPES:
         raise BadInput(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    quantization = None if quantize is None else Quantization.named(quantize)
+    if quantization is not None and target != "onnxruntime":
+        raise BadInput(
+            f"quantize is {quantize!r} for target {target!r}; only `onnxruntime` has an operator "
+            "for quantised weights"
+        )
     source, dest = Path(source), Path(dest)
     steps = 5
     progress("read the model folder", 0, steps)
@@ -87,11 +99,14 @@ def export(
         canonical = rewrite(stateless, spec.layout)
         progress("lower", 3, steps)
         lowered = lower(target, canonical.model, spec.layout)
+        if quantization is not None:
+            quantize_weights(lowered.model, quantization)
         progress("write", 4, steps)
-        weights.attach(lowered.model, checkpoint, family.constants(spec))
+        weights.attach(lowered.model, checkpoint, family.constants(spec), quantization)
         _write_graph(lowered.model, folder, progress)
         _copy_files(checkpoint, folder, target)
-        write_manifest(folder, _manifest(checkpoint, lowered, DTYPES[dtype]), progress)
+        manifest = _manifest(checkpoint, lowered, DTYPES[dtype], quantization)
+        write_manifest(folder, manifest, progress)
         progress("write", 5, steps)
     return open_bundle(dest, verify=False)
 
@@ -124,7 +139,9 @@ def _copy_files(checkpoint: Checkpoint, folder: Path, target: str) -> None:
         write_json(folder / "genai_config.json", config)
 
 
-def _manifest(checkpoint: Checkpoint, lowered: "Lowered", dtype: str) -> dict[str, object]:
+def _manifest(
+    checkpoint: Checkpoint, lowered: "Lowered", dtype: str, quantization: Quantization | None
+) -> dict[str, object]:
     spec = checkpoint.spec
     graph = lowered.model.graph
     weight_files = sorted({entry.path for entry in checkpoint.tensors.values()})
@@ -133,6 +150,7 @@ def _manifest(checkpoint: Checkpoint, lowered: "Lowered", dtype: str) -> dict[st
         "cla_export": __version__,
         "target": lowered.target,
         "dtype": dtype,
+        "quantization": None if quantization is None else asdict(quantization),
         "kv_layout": spec.layout.to_json(),
         "groups": [
             {

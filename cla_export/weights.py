@@ -3,7 +3,8 @@
 Each value is read when it is written out, one tensor at a time, so nothing is held in memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from cla_export.errors import GraphError
 from cla_export.models.checkpoint import Checkpoint
 from cla_export.models.safetensors_index import TensorEntry
+from cla_export.quantization import PACKED, WEIGHT, Quantization
 
 STORED = {  # safetensors name -> (numpy dtype, ONNX dtype)
     "F32": (np.dtype(np.float32), ir.DataType.FLOAT),
@@ -21,13 +23,29 @@ STORED = {  # safetensors name -> (numpy dtype, ONNX dtype)
 }
 
 
-def attach(model: ir.Model, checkpoint: Checkpoint, constants: Mapping[str, torch.Tensor]) -> None:
+def attach(
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    constants: Mapping[str, torch.Tensor],
+    quantization: Quantization | None = None,
+) -> None:
     """Point every initialiser without a value at the checkpoint or at a named constant.
 
-    A tensor whose stored dtype differs from the graph's is converted as it is read.
+    A tensor whose stored dtype differs from the graph's is converted as it is read, and so is one
+    that is to be quantised.
     """
+
+    @lru_cache(maxsize=1)  # packed and scales follow each other
+    def packed(weight: str, target: str) -> tuple[np.ndarray, np.ndarray]:
+        assert quantization is not None
+        whole = _read(checkpoint.tensors[weight]).astype(np.float32)
+        return quantization.of_weight(target).pack(whole)
+
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
+            continue
+        if (weight := value.metadata_props.get(WEIGHT)) is not None:
+            value.const_value = _lazy_part(packed, weight, value)
             continue
         if name in constants:
             value.const_value = ir.tensor(constants[name].numpy(), name=name)
@@ -40,13 +58,32 @@ def attach(model: ir.Model, checkpoint: Checkpoint, constants: Mapping[str, torc
             )
 
 
-def _lazy(entry: TensorEntry, value: ir.Value) -> ir.LazyTensor:
+def _read(entry: TensorEntry) -> np.ndarray:
     stored, _ = STORED[entry.dtype]
+    return np.memmap(entry.path, stored, mode="r", offset=entry.offset, shape=entry.shape)
+
+
+def _lazy(entry: TensorEntry, value: ir.Value) -> ir.LazyTensor:
     wanted = value.dtype
     assert wanted is not None
 
     def read() -> ir.TensorProtocol:
-        data = np.memmap(entry.path, stored, mode="r", offset=entry.offset, shape=entry.shape)
-        return ir.tensor(data.astype(wanted.numpy(), copy=False), dtype=wanted, name=entry.name)
+        data = _read(entry).astype(wanted.numpy(), copy=False)
+        return ir.tensor(data, dtype=wanted, name=entry.name)
 
     return ir.LazyTensor(read, dtype=wanted, shape=ir.Shape(entry.shape), name=entry.name)
+
+
+def _lazy_part(
+    packed: Callable[[str, str], tuple[np.ndarray, np.ndarray]], weight: str, value: ir.Value
+) -> ir.LazyTensor:
+    """One of the two tensors that a quantised weight is."""
+    name, dtype, shape = str(value.name), value.dtype, value.shape
+    assert dtype is not None and isinstance(shape, ir.Shape)
+
+    def read() -> ir.TensorProtocol:
+        target, _, part = name.rpartition(".")
+        data = packed(weight, target)[f".{part}" != PACKED]
+        return ir.tensor(data.astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
+
+    return ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)

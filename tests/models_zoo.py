@@ -177,13 +177,19 @@ class Zoo:
         spec = make_spec(**overrides)
         return rewrite(self.trace(cla, spec, torch.float32), spec.layout)
 
-    def bundle(self, target: str = "onnxruntime", dtype: str = "fp32", **overrides: Any) -> Bundle:
+    def bundle(
+        self,
+        target: str = "onnxruntime",
+        dtype: str = "fp32",
+        quantize: str | None = None,
+        **overrides: Any,
+    ) -> Bundle:
         """An exported configuration."""
         source = self.folder(**overrides)
-        with self._made(f"{target}-{dtype}", overrides) as (path, missing):
+        with self._made(f"{target}-{dtype}-{quantize}", overrides) as (path, missing):
             if missing:
                 with patch("cla_export.trace.trace", self.trace):
-                    export(source, path, target=target, dtype=dtype)
+                    export(source, path, target=target, dtype=dtype, quantize=quantize)
         return open_bundle(path, verify=False)
 
     def trace(self, family: Any, spec: ModelSpec, dtype: torch.dtype) -> Any:

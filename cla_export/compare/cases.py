@@ -7,7 +7,9 @@ A case is a polygraphy feed dict, the same for every runner:
     steps        int64 []      tokens decoded after that, one at a time, all rows together
     chunk        int64 []      tokens per prefill call; 0: all rows' prompts in one padded call
     first_slot   int64 []      rows take this slot and the ones after it
-    logits_from  int64 [B]     first position whose logits are compared
+    reused       int64 []      tokens of the prompt whose keys and values an earlier request left
+    held         int64 []      made-up tokens that a slot's caches hold before the row's first one
+    logits_from  int64 [B]     first position whose logits are compared, and asked for
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,18 @@ SLOTS = 4
 DECODE_STEPS = 36
 _LENGTH = 160  # tokens; longer where a sliding window asks for it
 _LONGEST = 640
-INPUTS = ("tokens", "prompts", "steps", "chunk", "first_slot", "logits_from")
+_LAST = 8  # positions at the end of the context
+_FAR_BYTES = 2**28  # of caches, at most, for reaching them
+INPUTS = (
+    "tokens",
+    "prompts",
+    "steps",
+    "chunk",
+    "first_slot",
+    "reused",
+    "held",
+    "logits_from",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +47,15 @@ class Case:
     about: str
     feed: Feed
 
+    @property
+    def held(self) -> int:
+        return int(self.feed["held"])
+
+    @property
+    def positions(self) -> int:
+        """Places that the longest row takes."""
+        return self.held + int(self.feed["prompts"].max() + self.feed["steps"])
+
 
 def case_length(layout: KVLayout, max_positions: int) -> int:
     """Tokens per row: past every sliding window that is not longer than 600 tokens."""
@@ -42,13 +64,23 @@ def case_length(layout: KVLayout, max_positions: int) -> int:
     return min(wanted, _LONGEST, max_positions)
 
 
-def make_cases(length: int, stream: Sequence[int]) -> list[Case]:
-    """Cases of rows up to `length` tokens, cut from a stream of token ids (repeated as needed)."""
-    source = np.resize(np.asarray(stream, np.int64), length * (SLOTS + 3))
-    rows = [source[i * length : (i + 1) * length] for i in range(SLOTS + 3)]
+def far_positions(layout: KVLayout, dtype: str, max_positions: int) -> int:
+    """Places of a slot that reaches the last position, or as far as 256 MiB of caches do."""
+    return min(max_positions, _FAR_BYTES // layout.bytes_per_token(dtype))
+
+
+def make_cases(length: int, stream: Sequence[int], seed: int) -> list[Case]:
+    """Cases of rows up to `length` tokens, cut from a stream of token ids (repeated as needed).
+
+    `seed` draws where prompts end and how long chunks are, within what each case is about.
+    """
+    draw = np.random.default_rng(seed).uniform
+    source = np.resize(np.asarray(stream, np.int64), length * (SLOTS + 4))
+    rows = [source[i * length : (i + 1) * length] for i in range(SLOTS + 4)]
     steps = min(DECODE_STEPS, length // 2)
     most = length - steps  # the longest prompt that leaves room for the steps
-    uneven = [max(1, most // 9), most, max(1, most // 3), max(1, most // 2)]
+    ends = (draw(0.05, 0.2), 1.0, draw(0.25, 0.45), draw(0.5, 0.9))
+    uneven = [max(1, int(most * end)) for end in ends]
     return [
         Case("prefill", "one prompt in one call", _feed([rows[0]], [length])),
         Case("decode", "a prompt, then single tokens", _feed([rows[1]], [most], steps)),
@@ -56,7 +88,7 @@ def make_cases(length: int, stream: Sequence[int]) -> list[Case]:
         Case(
             "chunked-prefill",
             "one prompt in uneven pieces",
-            _feed([rows[3]], [most], min(2, steps), chunk=max(1, most // 5)),
+            _feed([rows[3]], [most], min(2, steps), chunk=max(1, int(most * draw(0.1, 0.3)))),
         ),
         Case(
             "ragged-decode",
@@ -71,9 +103,32 @@ def make_cases(length: int, stream: Sequence[int]) -> list[Case]:
         Case(
             "slot-reuse",
             "a shorter prompt in a slot that held a longer one",
-            _feed([rows[SLOTS + 1]], [max(1, most // 4)], min(8, steps), first_slot=1),
+            _feed(
+                [rows[SLOTS + 1]], [max(1, int(most * draw(0.1, 0.4)))], min(8, steps), first_slot=1
+            ),
+        ),
+        Case(
+            "prefix-reuse",
+            "a prompt that begins like the one before, from where they part",
+            _reusing(rows[SLOTS + 2], max(1, int(most * draw(0.3, 0.8))), min(8, steps)),
         ),
     ]
+
+
+def far_case(positions: int, stream: Sequence[int]) -> Case:
+    """The last positions of a slot with so many places, behind made-up keys and values."""
+    last = min(_LAST, max(2, positions // 2))
+    steps = last // 2
+    row = np.resize(np.asarray(stream, np.int64), last)
+    feed = _feed([row], [last - steps], steps, held=positions - last)
+    return Case("last-positions", "the end of the context, behind made-up keys and values", feed)
+
+
+def _reusing(row: NDArray[np.int64], prompt: int, steps: int) -> Feed:
+    reused = prompt // 2
+    feed = _feed([row], [prompt], steps, first_slot=2, reused=reused)
+    feed["logits_from"] = np.array([(reused + prompt) // 2], np.int64)  # of a part of the call
+    return feed
 
 
 def _feed(
@@ -83,6 +138,8 @@ def _feed(
     *,
     chunk: int | None = None,
     first_slot: int = 0,
+    reused: int = 0,
+    held: int = 0,
 ) -> Feed:
     tokens = np.zeros((len(rows), max(prompts) + steps), np.int64)
     for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
@@ -94,5 +151,22 @@ def _feed(
         "steps": np.array(steps, np.int64),
         "chunk": np.array(max(prompts) if chunk is None else chunk, np.int64),
         "first_slot": np.array(first_slot, np.int64),
+        "reused": np.array(reused, np.int64),
+        "held": np.array(held, np.int64),
         "logits_from": np.array([p - 1 if together else 0 for p in prompts], np.int64),
     }
+
+
+def rows_of(feed: Feed) -> list[NDArray[np.int64]]:
+    """Each row's tokens, without the padding."""
+    totals = feed["prompts"] + feed["steps"]
+    return [tokens[:total] for tokens, total in zip(feed["tokens"], totals, strict=True)]
+
+
+def earlier_request(feed: Feed) -> NDArray[np.int64] | None:
+    """What the slot held before a row that reuses a prefix: that, and other tokens after it."""
+    reused = int(feed["reused"])
+    if not reused:
+        return None
+    (row,) = rows_of(feed)
+    return np.concatenate((row[:reused], row[reused:][::-1]))

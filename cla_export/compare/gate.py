@@ -1,39 +1,48 @@
 """parity: run the cases on both sides, compare with polygraphy, generate, score, conclude."""
 
-import math
-from collections.abc import Sequence
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from polygraphy.comparator import Comparator, CompareFunc
 from polygraphy.logger import G_LOGGER
 
 from cla_export.bundle import Bundle, Progress, open_bundle
-from cla_export.compare.cases import SLOTS, Case, case_length, make_cases
-from cla_export.compare.locate import locate
-from cla_export.compare.metrics import compare_logits, cosine, log_softmax, profile
-from cla_export.compare.reading import graph_faults
-from cla_export.compare.report import (
-    GreedyResult,
-    ParityReport,
-    PerplexityResult,
-    TensorResult,
+from cla_export.compare.baseline import read_baseline, regressions
+from cla_export.compare.cases import (
+    SLOTS,
+    Case,
+    case_length,
+    far_case,
+    far_positions,
+    make_cases,
 )
+from cla_export.compare.debug import call_of_interest, check_debug_dir, write_call
+from cla_export.compare.greedy import compare_greedy
+from cla_export.compare.perplexity import compare_perplexity, perplexity
+from cla_export.compare.reading import read_bundle, use_quantized
+from cla_export.compare.reference import GroupKV, Reference
+from cla_export.compare.replay import differences, first_divergence, layer_map, run_marked
+from cla_export.compare.report import ParityReport, TensorResult
+from cla_export.compare.results import tensor_result
 from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
 from cla_export.compare.text import SEED, token_stream
-from cla_export.compare.thresholds import GREEDY_TOKENS, THRESHOLDS, Threshold
+from cla_export.compare.thresholds import Threshold, threshold_of
 from cla_export.engines.executor import Executor
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
-from cla_export.errors import BundleError
+from cla_export.errors import BundleError, RunError
 from cla_export.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from cla_export.models.cla import ClaDecoder
 
-_PROMPT = 12  # tokens of each prompt for free-running generation
-_SCORED = 2048  # tokens of the text that perplexity is taken over, at most
 _TOOLS = ("torch", "onnxruntime", "onnx", "polygraphy", "numpy")
+_HELD = 64  # tokens whose keys and values stand in for a long context's, over and over
+_SHOWN = 1  # "decode": the case whose layers are shown where nothing fails
 
 
 def _silent(_what: str, _done: int, _of: int) -> None:
@@ -47,6 +56,8 @@ def compare_bundle(
     text: Path | None = None,
     seed: int = SEED,
     threads: int | None = None,
+    baseline: Path | None = None,
+    debug_dir: Path | None = None,
     engine: type[OnnxRuntimeExecutor] = OnnxRuntimeExecutor,
     progress: Progress = _silent,
 ) -> ParityReport:
@@ -56,58 +67,196 @@ def compare_bundle(
         bundle: the bundle, or its folder (verified before use).
         reference: the model folder; None takes the one it was exported from.
         text: text for prompts and perplexity; None takes the bundle's heldout.txt, else random ids.
-        seed: of those random ids.
+        seed: of those random ids, and of the shapes of the cases.
         threads: intra-operator threads of the runtime.
+        baseline: parity.json of an earlier run; what was better then is a regression.
+        debug_dir: folder to write the first failing call to, with the commands that run it again.
         engine: the executor to run the bundle with, in the first divergence's replay too.
         progress: called with (what, done, of).
 
     Raises:
-        BundleError: the reference is gone or is another model. A breach is no exception: read
-            `passed` of the report.
+        BundleError: the reference is gone or is another model.
+        BadInput: the text or the baseline cannot be used.
+
+    A breach is no exception, and neither is a graph that the runtime refuses: read `passed` of the
+    report.
     """
+    began = perf_counter()
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
+    if debug_dir is not None:
+        check_debug_dir(debug_dir)
+    stored = None if baseline is None else read_baseline(baseline)
     folder = Path(reference) if reference is not None else bundle.source
-    checkpoint = _reference(bundle, folder)
-    model = load_model(checkpoint)
+    checkpoint = _checkpoint(bundle, folder)
     stream, origin = token_stream(bundle, text, seed)
-    length = case_length(bundle.layout, bundle.max_positions)
-    capacity = length  # filled to the last place by some cases, with room behind the rest
-    executor = engine(bundle, capacity=capacity, slots=SLOTS, threads=threads)
-    threshold = THRESHOLDS[bundle.dtype]
+    weights = bundle.quantization
+    arithmetic, threshold = threshold_of(bundle.dtype, weights.name if weights else None)
     report = ParityReport(
         bundle=str(bundle.folder),
         reference=str(folder),
         target=bundle.target,
         dtype=bundle.dtype,
+        arithmetic=arithmetic,
         backend="onnxruntime",
         tokens=origin,
-        length=length,
+        seed=seed,
+        length=case_length(bundle.layout, bundle.max_positions),
         kv_layout=bundle.layout.to_json(),
-        graph_faults=graph_faults(bundle, model),
         tools={name: version(name) for name in _TOOLS},
+        machine=_machine(threads),
     )
-    for window in sorted({w for w in bundle.layout.window if w is not None and w >= length}):
-        report.notes.append(f"rows of {length} tokens do not reach past the window of {window}")
-    cases = make_cases(length, stream)
-    fill_with_garbage(executor)
-    rounded = None  # PyTorch in the bundle's dtype, to measure what rounding alone costs
-    if threshold.factor:
-        rounded = load_model(checkpoint, getattr(torch, bundle.dtype))
-    report.tensors += _compare_cases(cases, model, rounded, executor, threshold, progress)
-    tie = 2 * max(result.tolerance for result in report.tensors if result.output == "logits")
-    report.greedy += _compare_greedy(model, executor, stream, tie, progress)
-    report.perplexity = _compare_perplexity(model, executor, stream, origin, threshold)
-    if not report.passed:
-        progress("locate the first divergence", 2, 3)
-        failed = next((r.case for r in report.tensors if not r.passed), cases[0].name)
-        case = next(case for case in cases if case.name == failed)
-        report.divergence = locate(bundle, model, rounded, case, threshold, capacity, engine)
-    progress("done", 3, 3)
+    model = load_model(checkpoint)
+    unquantized = None
+    if weights is not None:
+        progress("read the text without quantisation", 0, 1)
+        plain = Reference.of(model, None, None).exact
+        unquantized = perplexity(plain.logits, stream, report.length)
+    sides = _sides(bundle, checkpoint, model, report)
+    held = _made_up(sides, np.resize(np.asarray(stream, np.int64), _HELD), bundle.dtype)
+    run = _Run(bundle, sides, threshold, held, engine, threads, report, progress)
+    run.compare(stream)
+    run.generate(stream, unquantized)
+    run.look_inside(stream, debug_dir)
+    if stored is not None and baseline is not None:
+        report.baseline = str(baseline)
+        report.regressions += regressions(report, stored, baseline)
+    report.seconds = perf_counter() - began
+    progress("done", 1, 1)
     return report
 
 
-def _reference(bundle: Bundle, folder: Path) -> Checkpoint:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One comparison: everything its steps have in common. Each adds to the report.
+
+    A step opens its own executor and lets it go, since weights are large. What a runtime refuses is
+    a finding too: the report says so, and whatever else can run does.
+    """
+
+    bundle: Bundle
+    sides: Reference
+    threshold: Threshold
+    held: GroupKV
+    engine: type[OnnxRuntimeExecutor]
+    threads: int | None
+    report: ParityReport
+    progress: Progress
+
+    def compare(self, stream: Sequence[int]) -> None:
+        """All cases, on both sides."""
+        far, *cases = self._cases(stream)
+        self.report.notes += _unreached(self.bundle, far)
+        for group in (cases, [far]):
+            with self._faults():
+                executor = self._open(group[0])
+                for index, case in enumerate(group):
+                    self.progress(f"case {case.name}", index, len(group))
+                    with self._faults(case):
+                        self.report.tensors += self._compare_case(case, executor)
+
+    def generate(self, stream: Sequence[int], unquantized: float | None) -> None:
+        """Greedy generation, and perplexity."""
+        exact, report = self.sides.exact, self.report
+        with self._faults():
+            case = self._cases(stream)[1]
+            executor = self._open(case)
+            self.progress("generate", 0, 1)
+            logits = [r.tolerance for r in report.tensors if r.output == "logits"]
+            report.greedy += compare_greedy(exact, executor, stream, 2 * max(logits, default=0.0))
+            limit = self.threshold.perplexity
+            score = compare_perplexity(exact, executor, stream, report.tokens, limit)
+            report.perplexity = replace(score, unquantized=unquantized)
+
+    def look_inside(self, stream: Sequence[int], debug_dir: Path | None) -> None:
+        """Replay the first case that fails, or one that does not, with every layer in view."""
+        report, layout = self.report, self.bundle.layout
+        with self._faults():
+            far, *cases = self._cases(stream)
+            failed = {result.case for result in report.tensors if not result.passed}
+            case = next((case for case in (*cases, far) if case.name in failed), cases[_SHOWN])
+            self.progress(f"layers of case {case.name}", 0, 1)
+            where = (self.bundle, case, self.held, self._capacity(case), self.engine)
+            calls = run_marked(*where).calls
+            found = list(differences(calls, layout, self.sides, self.threshold, case, self.held))
+            report.layer_map = layer_map(found, calls, case)
+            report.divergence = first_divergence(found, layout, case)
+            if not report.passed and debug_dir is not None:
+                again = run_marked(*where, record=call_of_interest(report, case, calls))
+                report.debug = write_call(
+                    debug_dir,
+                    self.bundle,
+                    again,
+                    self.sides,
+                    self.threshold,
+                    case,
+                    self.held,
+                    {r.output: r.tolerance for r in report.tensors if r.case == case.name},
+                )
+
+    def _cases(self, stream: Sequence[int]) -> list[Case]:
+        """The case at the end of the context, then all others."""
+        bundle, report = self.bundle, self.report
+        reach = far_positions(bundle.layout, bundle.dtype, bundle.max_positions)
+        return [far_case(reach, stream), *make_cases(report.length, stream, report.seed)]
+
+    def _capacity(self, case: Case) -> int:
+        """Slots as long as rows: filled to the last place by some, with room behind others."""
+        return case.positions if case.held else self.report.length
+
+    def _open(self, case: Case) -> Executor:
+        executor = self.engine(
+            self.bundle,
+            capacity=self._capacity(case),
+            slots=1 if case.held else SLOTS,
+            threads=self.threads,
+        )
+        fill_with_garbage(executor)
+        return executor
+
+    def _compare_case(self, case: Case, executor: Executor) -> list[TensorResult]:
+        runners = [TorchRunner(self.sides.exact, self.held), ExecutorRunner(executor, self.held)]
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            runs = Comparator.run(runners, data_loader=[case.feed])
+            expected, got = (iterations[0] for _, iterations in runs.items())
+            native = TorchRunner(self.sides.native, self.held).run_case(case.feed)
+            allowed = {name: self.threshold.of(x, native[name]) for name, x in expected.items()}
+            compared = Comparator.compare_accuracy(
+                runs, compare_func=CompareFunc.simple(atol=allowed, rtol=0.0)
+            )
+        (outcome,) = next(iter(compared[0].values()))
+        results = []
+        for name, exact in expected.items():
+            limits = allowed[name], self.threshold.mean_of(exact, native[name])
+            within = bool(outcome[name])
+            results.append(tensor_result(case, name, exact, got[name], within, limits))
+        return results
+
+    @contextmanager
+    def _faults(self, case: Case | None = None) -> Iterator[None]:
+        try:
+            yield
+        except RunError as error:
+            known = any(str(error) in fault for fault in self.report.faults)
+            where = "" if case is None else f"case {case.name}: "
+            self.report.faults += [] if known else [f"{where}{error}"]
+
+
+def _sides(
+    bundle: Bundle, checkpoint: Checkpoint, model: ClaDecoder, report: ParityReport
+) -> Reference:
+    """Both sides, with the weights that the bundle's stand for; faults go into the report."""
+    reading = read_bundle(bundle, model)
+    report.faults += reading.faults
+    use_quantized(model, reading)
+    rounded = None
+    if bundle.dtype != "float32":
+        rounded = load_model(checkpoint, getattr(torch, bundle.dtype))
+        use_quantized(rounded, reading)
+    return Reference.of(model, rounded, bundle.quantization)
+
+
+def _checkpoint(bundle: Bundle, folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise BundleError(
             f"{folder}: the model folder that {bundle.folder} was exported from is not there; pass "
@@ -122,155 +271,40 @@ def _reference(bundle: Bundle, folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _compare_cases(
-    cases: list[Case],
-    model: ClaDecoder,
-    rounded: ClaDecoder | None,
-    executor: Executor,
-    threshold: Threshold,
-    progress: Progress,
-) -> list[TensorResult]:
-    results = []
-    for index, case in enumerate(cases):
-        progress(f"case {case.name}", index, len(cases))
-        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-            runs = Comparator.run(
-                [TorchRunner(model), ExecutorRunner(executor, "bundle")], data_loader=[case.feed]
-            )
-            expected, got = (iterations[0] for _, iterations in runs.items())
-            noisy = TorchRunner(rounded).run_case(case.feed) if rounded is not None else {}
-            tolerance = {
-                name: threshold.of(array, noisy.get(name)) for name, array in expected.items()
-            }
-            compared = Comparator.compare_accuracy(
-                runs, compare_func=CompareFunc.simple(atol=tolerance, rtol=0.0)
-            )
-        (outcome,) = next(iter(compared[0].values()))
-        for name, array in expected.items():
-            allowed = tolerance[name], threshold.mean_of(array, noisy.get(name))
-            results.append(
-                _tensor_result(case, name, array, got[name], bool(outcome[name]), allowed)
-            )
-    return results
+def _made_up(sides: Reference, tokens: np.ndarray, dtype: str) -> GroupKV:
+    """Keys and values of some tokens, as the bundle's dtype holds them, in float32."""
+    kind = getattr(torch, dtype)
+
+    def stored(part: np.ndarray) -> np.ndarray:
+        return torch.from_numpy(part).to(kind).float().numpy()
+
+    return [(stored(key), stored(value)) for key, value in sides.exact.forward(tokens)[1]]
 
 
-def _tensor_result(
-    case: Case,
-    name: str,
-    expected: NDArray[np.float32],
-    got: NDArray[np.float32],
-    passed: bool,
-    allowed: tuple[float, float],
-) -> TensorResult:
-    error = np.abs(got.astype(np.float64) - expected)
-    error[~np.isfinite(error)] = math.inf
-    worst = int(np.unravel_index(int(error.argmax()), error.shape)[0])
-    is_logits = name == "logits"
-    starts = case.feed["logits_from"] if is_logits else np.zeros_like(case.feed["prompts"])
-    ends = np.cumsum(case.feed["prompts"] + case.feed["steps"] - starts)
-    row = int(np.searchsorted(ends, worst, side="right"))
-    rms = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64))))
-    tolerance, mean_tolerance = allowed
-    return TensorResult(
-        case=case.name,
-        output=name,
-        group=None if is_logits else int(name.split(".")[1]),
-        passed=passed and float(error.mean()) <= mean_tolerance,  # an infinite one is not
-        max_error=float(error.max()),
-        mean_error=float(error.mean()),
-        mean_tolerance=mean_tolerance,
-        rms=rms,
-        tolerance=tolerance,
-        row=row,
-        position=worst - (int(ends[row - 1]) if row else 0) + int(starts[row]),
-        cosine=cosine(expected, got),
-        max_relative=float(error.max()) / rms if rms else math.inf,
-        profile=profile(error),
-        logits=compare_logits(expected, got) if is_logits else None,
-    )
+def _unreached(bundle: Bundle, far: Case) -> Iterator[str]:
+    """What no case gets to."""
+    reached = far.positions
+    if reached < bundle.max_positions:
+        yield (
+            f"positions from {reached:,} to {bundle.max_positions - 1:,} were not run: caches that "
+            "reach them would be large"
+        )
+    for window in sorted({w for w in bundle.layout.window if w is not None and w >= reached}):
+        yield f"no case reaches past the window of {window}"
 
 
-def _compare_greedy(
-    model: ClaDecoder,
-    executor: Executor,
-    stream: Sequence[int],
-    tie: float,
-    progress: Progress,
-) -> list[GreedyResult]:
-    """Let the bundle generate freely; one reference pass over its text says where it would differ.
-
-    Up to the first disagreement both have the same prefix, so this is free-running agreement.
-    """
-    length = max(1, min(_PROMPT, executor.capacity // 2))
-    count = min(GREEDY_TOKENS, executor.capacity - length)
-    results = []
-    for prompt in range(3):
-        progress("generate", prompt, 3)
-        start = prompt * len(stream) // 3
-        tokens = [int(token) for token in np.resize(np.roll(stream, -start), length)]
-        logits = executor.prefill(0, tokens, 0)[-1]
-        for step in range(count):
-            tokens.append(int(logits.argmax()))
-            if step + 1 < count:
-                logits = executor.decode([0], tokens[-1:], [len(tokens) - 1])[0]
-        results.append(_judge_greedy(model, prompt, tokens, length, tie))
-    return results
+def _machine(threads: int | None) -> dict[str, str]:
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": "the runtime's choice" if threads is None else str(threads),
+    }
 
 
-@torch.inference_mode()
-def _judge_greedy(
-    model: ClaDecoder, prompt: int, tokens: list[int], length: int, tie: float
-) -> GreedyResult:
-    ids = torch.tensor(tokens)[None]
-    reference = model(ids, torch.arange(len(tokens))[None])[0, length - 1 : -1].numpy()
-    chosen = np.array(tokens[length:])
-    agree = reference.argmax(-1) == chosen
-    gaps = reference.max(-1) - reference[np.arange(len(chosen)), chosen]
-    wrong = np.flatnonzero(~agree)
-    return GreedyResult(
-        prompt=prompt,
-        tokens=len(chosen),
-        agreeing=int(agree.sum()),
-        near_ties=int((gaps[wrong] <= tie).sum()),
-        first_divergence=int(wrong[0]) if len(wrong) else None,
-        gap=float(gaps[wrong[0]]) if len(wrong) else None,
-        passed=bool((gaps[wrong] <= tie).all()),
-    )
-
-
-@torch.inference_mode()
-def _compare_perplexity(
-    model: ClaDecoder, executor: Executor, stream: Sequence[int], origin: str, threshold: Threshold
-) -> PerplexityResult:
-    """Windows of the text as long as a slot; the bundle reads each in two chunks."""
-    window = executor.capacity
-    losses: tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]] = ([], [])
-    scored = np.asarray(stream[:_SCORED], np.int64)
-    for start in range(0, len(scored) - 1, window):
-        tokens = scored[start : start + window]
-        if len(tokens) < 2:
-            break
-        ids = torch.from_numpy(tokens)[None]
-        reference = model(ids, torch.arange(len(tokens))[None])[0].numpy()
-        half = max(1, len(tokens) // 2)
-        pieces = [(0, tokens[:half]), (half, tokens[half:])]
-        got = [executor.prefill(0, piece.tolist(), at, keep=len(piece)) for at, piece in pieces]
-        for side, logits in enumerate((reference, np.concatenate(got))):
-            losses[side].append(_losses(logits[:-1], tokens[1:]))
-    ours, theirs = (float(np.exp(np.concatenate(side).mean())) for side in (losses[1], losses[0]))
-    difference = abs(ours - theirs) / theirs
-    return PerplexityResult(
-        text=f"{origin}, windows of {window}",
-        tokens=sum(len(part) for part in losses[0]),
-        reference=theirs,
-        bundle=ours,
-        difference=difference,
-        tolerance=threshold.perplexity,
-        passed=difference <= threshold.perplexity,
-    )
-
-
-def _losses(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Negative log-likelihoods in nats of targets [N] under logits [N, V]."""
-    losses: NDArray[np.float64] = -log_softmax(logits)[np.arange(len(targets)), targets]
-    return losses
+def _processor() -> str:
+    """The model name that Linux gives, which `platform.processor` leaves out."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -1,7 +1,9 @@
 """The graph's side of every layer: a copy of a bundle's graph with those values as outputs.
 
-They are found by what the rewriter leaves: attention nodes carry `cla.layer`, nodes of layer i are
-called `layers.{i}/...`, and the last of these makes the layer's output.
+They are found by what the rewriter leaves: attention nodes carry `cla.layer` (where that is lost,
+they are numbered in execution order), nodes of layer i are called `layers.{i}/...`, and the last of
+these makes the layer's output; the last one in `layers.{i}/attn` and in `layers.{i}/mlp` makes that
+branch.
 """
 
 from dataclasses import dataclass
@@ -12,10 +14,17 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from cla_export.bundle import Bundle
-from cla_export.compare.probe import ROLES, Tensors
+from cla_export.compare.probe import Key
+from cla_export.compare.report import ROLES
+from cla_export.compare.runners import cache_rows
 from cla_export.engines.executor import Logits
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.rewrite.group_attention import LAYER
+
+ATTENTION = ("Attention", "GroupQueryAttention")
+_BRANCHES = {"attn": "attention_branch", "mlp": "mlp"}
+Arrays = dict[str, NDArray[np.generic]]
+Row = dict[Key, NDArray[np.float32]]  # [tokens of the row, width]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +33,33 @@ class Call:
 
     first_slot: int
     starts: tuple[int, ...]
-    counts: tuple[int, ...]
-    rows: tuple[Tensors, ...]  # per row of the call, tokens of the row only
+    tokens: tuple[tuple[int, ...], ...]  # per row of the call
+    rows: tuple[Row, ...]
+    caches: tuple[list[NDArray[np.float32]], ...]  # per row: each group's K and V, from place 0
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Everything that went into one call of the graph and came out of it, as the graph has it."""
+
+    keep: int
+    inputs: Arrays
+    logits: Logits
+    outputs: dict[Key, NDArray[np.generic]]
+    presents: Arrays
 
 
 class MarkedExecutor(OnnxRuntimeExecutor):
     """An executor over the marked graph, which keeps what every layer made in every call."""
 
-    def __init__(self, bundle: Bundle, *, capacity: int, slots: int) -> None:
+    def __init__(
+        self, bundle: Bundle, *, capacity: int, slots: int, record: int | None = None
+    ) -> None:
         model = ir.load(bundle.graph)
-        self._marks = mark(model)
+        self.marks = mark(model)
         self.calls: list[Call] = []
+        self.recorded: Recorded | None = None  # of call number `record`
+        self.record = -1 if record is None else record
         super().__init__(bundle, capacity=capacity, slots=slots, graph=ir.to_proto(model))
 
     def _run(
@@ -45,19 +70,50 @@ class MarkedExecutor(OnnxRuntimeExecutor):
         counts: NDArray[np.int64],
         keep: int,
     ) -> Logits:
-        logits, marked = self._run_with(
-            first, input_ids, starts, counts, keep, self._marks.values()
-        )
+        wanted = len(self.calls) == self.record
+        inputs = self._inputs(first, input_ids, starts, counts) if wanted else {}
+        logits, marked = self._run_with(first, input_ids, starts, counts, keep, self.marks.values())
+        if wanted:
+            outputs = {key: value.copy() for key, value in zip(self.marks, marked, strict=True)}
+            presents = self._pools_of(first, len(counts), "present")
+            self.recorded = Recorded(keep, inputs, logits.copy(), outputs, presents)
         rows = tuple(
             {
-                key: _tokens_first(value[row])[: counts[row]]
-                for key, value in zip(self._marks, marked, strict=True)
+                key: tokens_first(value[row])[: counts[row]]
+                for key, value in zip(self.marks, marked, strict=True)
             }
             for row in range(len(counts))
         )
-        call = Call(first, tuple(starts.tolist()), tuple(counts.tolist()), rows)
+        ends = (starts + counts).tolist()
+        call = Call(
+            first,
+            tuple(starts.tolist()),
+            tuple(
+                tuple(ids[:count].tolist()) for ids, count in zip(input_ids, counts, strict=True)
+            ),
+            rows,
+            tuple(cache_rows(self, first + row, 0, end) for row, end in enumerate(ends)),
+        )
         self.calls.append(call)
         return logits
+
+    def _inputs(
+        self,
+        first: int,
+        input_ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> Arrays:
+        lengths = self._lengths(starts, counts, input_ids.shape[1])
+        pasts = self._pools_of(first, len(counts), "past_key_values")
+        return {"input_ids": input_ids, **lengths, **pasts}
+
+    def _pools_of(self, first: int, rows: int, kind: str) -> Arrays:
+        return {
+            f"{kind}.{group}.{part}": pool[first : first + rows].copy()
+            for group in range(self.layout.num_groups)
+            for part, pool in zip(("key", "value"), self.cache(group), strict=True)
+        }
 
 
 def marked(engine: type[OnnxRuntimeExecutor]) -> type[MarkedExecutor]:
@@ -69,46 +125,52 @@ def marked(engine: type[OnnxRuntimeExecutor]) -> type[MarkedExecutor]:
     )
 
 
-def mark(model: ir.Model) -> dict[tuple[int, str], str]:
+def mark(model: ir.Model) -> dict[Key, str]:
     """Add outputs to the graph; returns (layer, role) -> the graph's name, in execution order."""
-    values: dict[tuple[int, str], ir.Value] = {}
+    values: dict[Key, ir.Value] = {}
     scattered: set[ir.Node] = set()
+    attentions = 0
     for node in model.graph:
-        if LAYER in node.metadata_props:
-            layer = int(node.metadata_props[LAYER])
-            for role, value in zip(ROLES, _around(node, scattered), strict=False):
-                if value is not None:
-                    values[layer, role] = value
-        elif (name := str(node.name)).startswith("layers."):
-            values[int(name.split("/", maxsplit=1)[0].split(".")[1]), "output"] = node.outputs[0]
-    order = sorted(values, key=lambda key: (key[0], ROLES.index(key[1])))
+        if node.op_type in ATTENTION:
+            layer = int(node.metadata_props.get(LAYER, attentions))
+            attentions += 1
+            for role, value in _around(node, scattered).items():
+                values[layer, role] = value
+        parts = str(node.name).split("/")
+        if parts[0].startswith("layers.") and parts[0][7:].isdigit():
+            layer = int(parts[0][7:])
+            values[layer, "output"] = node.outputs[0]
+            branch = _BRANCHES.get(parts[1]) if len(parts) > 1 else None
+            if branch is not None and node.op_type not in ("Transpose", *ATTENTION):
+                values[layer, branch] = node.outputs[0]
+    roles = list(ROLES)
+    order = sorted(values, key=lambda key: (key[0], roles.index(key[1])))
     for key in order:
         if not values[key].is_graph_output():
             model.graph.outputs.append(values[key])
     return {key: str(values[key].name) for key in order}
 
 
-def _around(node: ir.Node, scattered: set[ir.Node]) -> list[ir.Value | None]:
-    """q, new k, new v (None for a sharer) and output of an attention node.
+def _around(node: ir.Node, scattered: set[ir.Node]) -> dict[str, ir.Value]:
+    """q, new k and new v (not of a sharer), and output of an attention node.
 
     `scattered` collects the TensorScatter nodes met: whoever reads one first owns it.
     """
     q, key, value = node.inputs[:3]
-    if node.op_type == "GroupQueryAttention":
-        owner = len(node.outputs) > 1
-        return [q, key if owner else None, value if owner else None, node.outputs[0]]
     new: list[ir.Value | None] = []
-    for present in (key, value):
-        scatter = present.producer() if present is not None else None
-        if scatter is None or scatter.op_type != "TensorScatter" or scatter in scattered:
-            new.append(None)
-        else:
-            scattered.add(scatter)
-            new.append(scatter.inputs[1])
-    return [q, *new, node.outputs[0]]
+    if node.op_type == "GroupQueryAttention":
+        new = [key, value] if len(node.outputs) > 1 else []
+    else:
+        for present in (key, value):
+            scatter = present.producer() if present is not None else None
+            if scatter is not None and scatter.op_type == "TensorScatter":
+                new += [scatter.inputs[1]] if scatter not in scattered else []
+                scattered.add(scatter)
+    found = {"q": q, **dict(zip(("k", "v"), new, strict=False)), "attention": node.outputs[0]}
+    return {role: value for role, value in found.items() if value is not None}
 
 
-def _tokens_first(value: NDArray[np.generic]) -> NDArray[np.float32]:
+def tokens_first(value: NDArray[np.generic]) -> NDArray[np.float32]:
     """[H, S, D] or [S, width] as [S, width]."""
     array = value.astype(np.float32)
     if array.ndim == 3:

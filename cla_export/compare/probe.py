@@ -1,7 +1,18 @@
-"""PyTorch's side of every layer: what goes into attention, what comes out, what the layer returns.
+"""PyTorch's side of every layer, one step at a time, each from what the bundle had before it.
 
-Attention is caught where the module calls scaled_dot_product_attention, so nothing here depends on
-how a family names its parts.
+Recomputed from the bundle's own values, a step shows its own error alone: rounding that earlier
+layers accumulated cannot hide it, and a step that is right stays right behind one that is wrong.
+
+    q, k, v             from the layer's input
+    key and value cache from k and v (no arithmetic: they must be the same)
+    attention           from q and the caches
+    attention_branch    from attention: the output projection
+    mlp                 from the input and the attention branch
+    output              from those two and mlp
+
+Attention is caught where the module calls scaled_dot_product_attention, so q, k, v and its output
+do not depend on how a family names its parts. The branches are caught at the modules that nearly
+all families call `self_attn` and `mlp`; where there are none, those steps run on into the next.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,22 +21,27 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from cla_export.models.cla import ClaDecoder
+from cla_export.compare.reference import Exact, GroupKV, Side
 
-ROLES = ("q", "k", "v", "attention", "output")  # in the order they are computed within a layer
-Tensors = dict[tuple[int, str], NDArray[np.float32]]  # (layer, role) -> [S, width]
+CACHES = {"k": "key_cache", "v": "value_cache"}  # what goes in, and what is there afterwards
+Key = tuple[int, str]  # layer and role
+Array = NDArray[np.floating]
+Tensors = dict[Key, Exact]  # [S, width]
+_BRANCHES = {"self_attn": "attention_branch", "mlp": "mlp"}
 
 
-class _AttentionProbe(TorchFunctionMode):
-    """Records q, k, v and the output of each attention call, in execution order."""
+class _Steps(TorchFunctionMode):
+    """Records each step, and goes on from what the bundle made of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, owners: Sequence[int], forced: Mapping[Key, Array], count: int) -> None:
         super().__init__()
         self.found: Tensors = {}
+        self._owners, self._forced = owners, forced
+        self._count = count  # of the row's tokens: K and V may begin with held ones
         self._layer = 0
 
     def __torch_function__(
@@ -36,38 +52,67 @@ class _AttentionProbe(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401  # whatever PyTorch returns
         del types
-        result = func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention:
-            for role, value in zip(ROLES, (*args[:3], result), strict=False):
-                self.found[self._layer, role] = _tokens_first(value)
-            self._layer += 1
-        return result
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        layer, self._layer = self._layer, self._layer + 1
+        owner = self._owners[layer]
+        inputs = [
+            self._step((layer if role == "q" else owner, role), value)
+            for role, value in zip(("q", "k", "v"), args[:3], strict=True)
+        ]
+        return self._step((layer, "attention"), func(*inputs, *args[3:], **(kwargs or {})))
 
+    def _step(self, key: Key, value: Tensor) -> Tensor:
+        """Record [1, H, T, D] of the row's tokens; return it with the bundle's in their place."""
+        new = value[:, :, -self._count :]
+        self.found.setdefault(key, _tokens_first(new))
+        if key not in self._forced:
+            return value
+        heads = torch.from_numpy(self._forced[key]).to(value.dtype)  # [S, H * D]
+        mine = heads.unflatten(-1, (value.shape[1], -1)).transpose(0, 1)[None]  # type: ignore[no-untyped-call]
+        return torch.cat((value[:, :, : -self._count], mine), 2)
 
-@torch.inference_mode()
-def torch_tensors(model: ClaDecoder, tokens: NDArray[np.int64]) -> Tensors:
-    """All layers' tensors for one row of tokens [S], recomputed from the first."""
-    outputs: Tensors = {}
+    def of_module(self, key: Key) -> Callable[[object, object, Tensor], Tensor]:
+        """A forward hook that does the same with a module's output [1, S, width]."""
 
-    def catch(layer: int) -> Callable[..., None]:
-        def hook(_module: object, _arguments: object, output: Tensor) -> None:
-            outputs[layer, "output"] = output[0].float().numpy().copy()
+        def hook(_module: object, _inputs: object, output: Tensor) -> Tensor:
+            self.found[key] = output[0].double().numpy().copy()
+            if key not in self._forced:
+                return output
+            return torch.from_numpy(self._forced[key]).to(output.dtype)[None]
 
         return hook
 
-    handles = [
-        layer.register_forward_hook(catch(index)) for index, layer in enumerate(model.model.layers)
-    ]
+
+def torch_tensors(
+    side: Side,
+    tokens: NDArray[np.int64],
+    forced: Mapping[Key, Array],
+    held: GroupKV | None = None,
+) -> Tensors:
+    """Every step of every layer for one row of tokens [S], each from what is in `forced`.
+
+    `forced` holds what the bundle made, (layer, role) -> [S, width]; a step of which it lacks the
+    input goes on from PyTorch's own.
+    """
+    layout = side.model.spec.layout
+    steps = _Steps(layout.kv_owner, forced, len(tokens))
+    handles = []
+    for index, layer in enumerate(side.model.model.layers):
+        handles.append(layer.register_forward_hook(steps.of_module((index, "output"))))
+        for name, role in _BRANCHES.items():
+            if isinstance(part := getattr(layer, name, None), nn.Module):
+                handles.append(part.register_forward_hook(steps.of_module((index, role))))
     try:
-        with _AttentionProbe() as probe:
-            model(torch.from_numpy(tokens)[None], torch.arange(len(tokens))[None])
+        with steps:
+            side.forward(tokens, held)
     finally:
         for handle in handles:
             handle.remove()
-    return {**probe.found, **outputs}
+    return steps.found
 
 
-def _tokens_first(value: Tensor) -> NDArray[np.float32]:
+def _tokens_first(value: Tensor) -> Exact:
     """[1, H, S, D] as [S, H * D]."""
-    array: NDArray[np.float32] = value[0].transpose(0, 1).flatten(1).float().numpy().copy()
+    array: Exact = value[0].transpose(0, 1).flatten(1).double().numpy().copy()
     return array

@@ -3,20 +3,68 @@
 1. Its sharing. Executors bind past and present to one buffer, so a layer that reads a cache from
    before this call's write computes the right thing there, and another thing elsewhere.
 2. Its weights and RoPE tables. No text has every token of a large vocabulary, nor every position.
+   What is not quantised is compared exactly; what is, with the most that rounding can be off.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import nn
 
 from cla_export.bundle import Bundle
 from cla_export.errors import GraphError
 from cla_export.graph_reading import read_graph
 from cla_export.models.cla import ClaDecoder
+from cla_export.quantization import PACKED, SCALES, Quantization
+
+_SLACK = 1.01  # for ties, and for the arithmetic here
+_PLAIN_INPUTS = 3  # of MatMulNBits: activations, packed, scales; zero points would come next
 
 
-def graph_faults(bundle: Bundle, model: ClaDecoder) -> list[str]:
-    """A sentence for each contradiction between the graph and the layout, or the reference."""
-    return [*_sharing(bundle), *_weights(bundle, model)]
+@dataclass(slots=True)
+class Reading:
+    """What was found: a sentence for each fault, and what quantised weights stand for."""
+
+    faults: list[str] = field(default_factory=list)
+    quantized: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+def read_bundle(bundle: Bundle, model: ClaDecoder) -> Reading:
+    """Read a bundle's graph beside the float32 model that it was exported from."""
+    reading = Reading(_sharing(bundle))
+    try:
+        initializers = ir.load(bundle.graph).graph.initializers
+    except Exception as error:  # protobuf's and onnx_ir's own
+        reading.faults.append(f"{bundle.graph.name} cannot be read: {error}")
+        return reading
+    expected = {name: t.detach() for name, t in (*_named(model), *model.named_buffers())}
+    for name, value in initializers.items():
+        if name.endswith(PACKED):
+            _read_quantized(name.removesuffix(PACKED), initializers, expected, bundle, reading)
+        elif name in expected and value.const_value is not None:
+            _read_exact(name, value.const_value.numpy(), expected[name], reading)
+    return reading
+
+
+def use_quantized(model: ClaDecoder, reading: Reading) -> None:
+    """Give a model the weights that the bundle's quantised ones stand for.
+
+    A tied head gets a weight of its own, since the embedding stays as it is.
+    """
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name, weight in reading.quantized.items():
+            module = modules[name.rpartition(".")[0]]
+            kind = next(module.parameters()).dtype
+            module.weight = nn.Parameter(torch.from_numpy(weight).to(kind))
+
+
+def _named(model: ClaDecoder) -> list[tuple[str, torch.Tensor]]:
+    return list(model.named_parameters(remove_duplicate=False))  # a tied head by both its names
 
 
 def _sharing(bundle: Bundle) -> list[str]:
@@ -29,19 +77,55 @@ def _sharing(bundle: Bundle) -> list[str]:
     return [f"the graph shares KV as {found.describe()}; expected {bundle.layout.describe()}"]
 
 
-def _weights(bundle: Bundle, model: ClaDecoder) -> list[str]:
-    """Initialisers are compared exactly with what they are named after; one is read at a time."""
-    faults = []
-    expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, value in ir.load(bundle.graph).graph.initializers.items():
-        if name not in expected or value.const_value is None:
-            continue
-        got = value.const_value.numpy()
-        want = expected[name].detach().numpy().astype(got.dtype)
-        if got.shape != want.shape:
-            faults.append(f"{name} is {list(got.shape)}; expected {list(want.shape)}")
-        elif not np.array_equal(got, want, equal_nan=True):
-            faults.append(
-                f"{name}: {int((got != want).sum())} of {got.size} values are not the model's"
-            )
-    return faults
+def _read_exact(name: str, got: NDArray[np.generic], tensor: torch.Tensor, into: Reading) -> None:
+    want = tensor.numpy().astype(got.dtype)
+    if got.shape != want.shape:
+        into.faults.append(f"{name} is {list(got.shape)}; expected {list(want.shape)}")
+    elif not np.array_equal(got, want, equal_nan=True):
+        into.faults.append(
+            f"{name}: {int((got != want).sum())} of {got.size} values are not the model's"
+        )
+
+
+def _read_quantized(
+    name: str,
+    initializers: Mapping[str, ir.Value],
+    expected: Mapping[str, torch.Tensor],
+    bundle: Bundle,
+    into: Reading,
+) -> None:
+    parts = [initializers.get(name + suffix) for suffix in (PACKED, SCALES)]
+    how = bundle.quantization
+    if how is None or name not in expected or None in [p and p.const_value for p in parts]:
+        into.faults.append(f"{name} is quantised in the graph, but {_why(how, name in expected)}")
+        return
+    packed, scales = (part.const_value.numpy() for part in parts)  # type: ignore[union-attr]
+    want = expected[name].numpy()
+    shapes = how.of_weight(name).shapes(*want.shape)
+    if (packed.shape, scales.shape) != shapes:
+        into.faults.append(
+            f"{name} is quantised as {list(packed.shape)} with scales {list(scales.shape)}; "
+            f"expected {list(shapes[0])} and {list(shapes[1])}"
+        )
+        return
+    products = {node for node, _ in initializers[name + PACKED].uses()}
+    if any(len(node.inputs) > _PLAIN_INPUTS and node.inputs[_PLAIN_INPUTS] for node in products):
+        into.faults.append(f"{name} is read with zero points, but it is quantised without")
+        return
+    got = how.of_weight(name).unpack(packed, scales, want.shape[1])
+    allowed = _SLACK * how.of_weight(name).largest_error(want)
+    allowed += np.abs(want) * np.finfo(scales.dtype).eps  # scales are rounded too
+    wrong = ~(np.abs(got - want) <= allowed)
+    if wrong.any():
+        into.faults.append(
+            f"{name}: {int(wrong.sum())} of {want.size} values are further from the model's than "
+            f"rounding to {how.of_weight(name).name} can bring them"
+        )
+    else:
+        into.quantized[name] = got
+
+
+def _why(how: Quantization | None, known: bool) -> str:
+    if how is None:
+        return "bundle.json does not say so"
+    return "a part of it is missing" if known else "the model has no such weight"

@@ -6,7 +6,18 @@ from typing import cast
 
 from cla_export.compare.metrics import LogitMetrics
 
-SCHEMA = 1
+SCHEMA = 2
+ROLES = {  # of tensors within a layer, in the order they are computed
+    "q": "query",
+    "k": "new key",  # of an owner: what goes into the cache
+    "v": "new value",
+    "key_cache": "key cache after the call",  # of an owner's group
+    "value_cache": "value cache after the call",
+    "attention": "attention output",
+    "attention_branch": "output projection",
+    "mlp": "MLP output",
+    "output": "layer output",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +36,16 @@ class TensorResult:
     position: int
     cosine: float
     max_relative: float  # largest error over the reference's rms
+    mean_relative: float  # mean error, likewise
     profile: list[float]  # largest error in each stretch of positions, rows one after another
     logits: LogitMetrics | None  # of output "logits"
     mean_tolerance: float = math.inf
+
+    @property
+    def share(self) -> float:
+        """How much of what is allowed it takes, by its largest or mean error; 1 is the limit."""
+        pairs = (self.max_error, self.tolerance), (self.mean_error, self.mean_tolerance)
+        return max(error / allowed if allowed else error and math.inf for error, allowed in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +72,18 @@ class PerplexityResult:
     difference: float  # relative
     tolerance: float
     passed: bool
+    unquantized: float | None = None  # of the reference with its weights before quantisation
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The first value in execution order that differs, found by replaying a failed case."""
+    """The first step in execution order that differs: see compare.replay."""
 
     case: str
     call: int  # which run of the graph in that case, from 0
     layer: int
     group: int
-    role: str  # q, k, v, attention (its output), output (of the layer)
+    role: str  # one of ROLES
     row: int
     position: int  # of the token in its row
     channel: int
@@ -72,6 +91,42 @@ class Divergence:
     expected: float
     error: float
     tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerErrors:
+    """One layer's line of the map: in each call, its worst tensor's error over tolerance."""
+
+    layer: int
+    shares: list[float]
+    roles: list[str]  # which tensor that was
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMap:
+    """Error by layer and call, of one case."""
+
+    case: str
+    calls: list[str]  # what each call was
+    layers: list[LayerErrors]
+
+
+@dataclass(frozen=True, slots=True)
+class DebugFiles:
+    """What --debug-dir left: one call's inputs, both sides' outputs, and how to run it again."""
+
+    folder: str
+    call: str
+    commands: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """Something that a baseline did better."""
+
+    what: str
+    before: str
+    now: str
 
 
 @dataclass(slots=True)
@@ -82,16 +137,24 @@ class ParityReport:
     reference: str
     target: str
     dtype: str
+    arithmetic: str  # the row of the table of thresholds
     backend: str
     tokens: str
+    seed: int
     length: int
     kv_layout: dict[str, list[int] | list[int | None]]  # of the bundle, as KVLayout.to_json
     tensors: list[TensorResult] = field(default_factory=list)
     greedy: list[GreedyResult] = field(default_factory=list)
     perplexity: PerplexityResult | None = None
     divergence: Divergence | None = None
-    graph_faults: list[str] = field(default_factory=list)  # see compare.reading
+    layer_map: LayerMap | None = None
+    faults: list[str] = field(default_factory=list)  # by reading the graph, or why it cannot run
+    baseline: str | None = None
+    regressions: list[Regression] = field(default_factory=list)
+    debug: DebugFiles | None = None
     tools: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -99,7 +162,8 @@ class ParityReport:
         scored = self.perplexity is None or self.perplexity.passed
         generated = all(result.passed for result in self.greedy)
         compared = bool(self.tensors) and all(result.passed for result in self.tensors)
-        return compared and generated and scored and not self.graph_faults
+        right = self.divergence is None and not self.faults and not self.regressions
+        return compared and generated and scored and right
 
     @property
     def greedy_agreement(self) -> float:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from cla_export.bundle import Bundle
 from cla_export.engines.executor import Cache, Logits, PooledExecutor
-from cla_export.errors import BadInput, BundleError, MissingEnvironment
+from cla_export.errors import BadInput, MissingEnvironment, RunError
 from cla_export.rewrite.keep_last_logits import KEEP
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class OnnxRuntimeExecutor(PooledExecutor):
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's own exception types derive from it alone
-            raise BundleError(
+            raise RunError(
                 f"{self._graph}: ONNX Runtime {self._ort.__version__} failed to run it: {error}"
             ) from error
         bound = binding.get_outputs()[-len(wanted_outputs) :]  # in the order they were bound
@@ -153,7 +153,7 @@ def _open(bundle: Bundle, threads: int | None, graph: "onnx.ModelProto | None") 
     try:
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exception types derive from Exception alone
-        raise BundleError(
+        raise RunError(
             f"{bundle.graph}: ONNX Runtime {onnxruntime.__version__} cannot open it: {error}"
         ) from error
     return onnxruntime, session

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from cla_export.compare.cases import Case, make_cases
+from cla_export.compare.cases import Case, far_case, make_cases
 from cla_export.compare.report import ParityReport, TensorResult
 from cla_export.views.markup import NOT_FINITE, Html, badge, join, number, ratio_of, tag, times
 
@@ -14,12 +14,9 @@ from cla_export.views.markup import NOT_FINITE, Html, badge, join, number, ratio
 _ENDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0, 100.0, 1000.0, math.inf)
 
 
-def share_of(result: TensorResult) -> float:
-    return ratio_of(result.max_error, result.tolerance)
-
-
 def worst_of(results: Iterable[TensorResult]) -> TensorResult | None:
-    return max(results, key=share_of, default=None)
+    """The one that takes most of what is allowed; not finite is most of all."""
+    return max(results, key=lambda r: r.share if math.isfinite(r.share) else math.inf, default=None)
 
 
 def label(result: TensorResult) -> str:
@@ -29,10 +26,34 @@ def label(result: TensorResult) -> str:
 
 
 def by_case(report: ParityReport) -> dict[str, list[TensorResult]]:
-    cases: dict[str, list[TensorResult]] = {}
+    results: dict[str, list[TensorResult]] = {}
     for result in report.tensors:
-        cases.setdefault(result.case, []).append(result)
+        results.setdefault(result.case, []).append(result)
+    return results
+
+
+def cases_of(report: ParityReport) -> dict[str, Case]:
+    """The report's cases as far as they can be made again, their tokens apart."""
+    cases = {case.name: case for case in make_cases(report.length, [0], report.seed)}
+    for name, results in by_case(report).items():
+        if name not in cases and (far := _far(name, results)) is not None:
+            cases[name] = far
     return cases
+
+
+def _far(name: str, results: list[TensorResult]) -> Case | None:
+    """The case at a context's end, found from where each output's largest error is.
+
+    Its few positions are a stretch each, so the place in the profile tells where it begins.
+    """
+    profiles = ((result.position, result.profile) for result in results if result.profile)
+    ends = {at - profile.index(max(profile)) + len(profile) for at, profile in profiles}
+    if len(ends) != 1 or (end := ends.pop()) < 2:
+        return None
+    case = far_case(end, [0])
+    count = case.feed["tokens"].size
+    fits = case.name == name and all(len(result.profile) == count for result in results)
+    return case if fits else None
 
 
 def heat(ratio: float) -> str:
@@ -40,6 +61,18 @@ def heat(ratio: float) -> str:
     if not math.isfinite(ratio):
         return "hx"
     return f"h{bisect_left(_ENDS, ratio) + 1 if ratio > 0 else 0}"
+
+
+def legend() -> Html:
+    """What the colours stand for."""
+    names = ["0", f"to {_ENDS[0]:g}"]
+    names += [f"to {end:g}" for end in _ENDS[1:-1]]
+    entries = [(f"h{i}", name) for i, name in enumerate([*names, f"over {_ENDS[-2]:g}"])]
+    swatches = (
+        tag("li", tag("svg", tag("rect", class_=heat, width=34, height=12)), name)
+        for heat, name in [*entries, ("hx", NOT_FINITE)]
+    )
+    return tag("ol", *swatches, class_="legend", aria_label="Colours of error over tolerance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +89,11 @@ class _Axis:
         if case is None:
             return cls((), stretches)
         steps = int(case.feed["steps"])
-        prompts, starts = case.feed["prompts"].tolist(), case.feed["logits_from"].tolist()
+        prompts, skipped = case.feed["prompts"].tolist(), case.feed["logits_from"].tolist()
         if result.output != "logits":
-            starts = [0] * len(prompts)
-        counts = [prompt + steps - start for prompt, start in zip(prompts, starts, strict=True)]
-        rows = tuple(zip(starts, counts, strict=True))
+            skipped = [0] * len(prompts)
+        counts = [prompt + steps - start for prompt, start in zip(prompts, skipped, strict=True)]
+        rows = tuple(zip((case.held + start for start in skipped), counts, strict=True))
         return cls(rows if stretches <= sum(counts) else (), stretches)
 
     @property
@@ -89,37 +122,28 @@ class _Axis:
         raise AssertionError(index)
 
 
-def heat_maps(report: ParityReport) -> str:
-    cases = {case.name: case for case in make_cases(report.length, [0])}
+def heat_maps(report: ParityReport, cases: dict[str, Case]) -> str:
     figures = [_heat_map(name, rs, cases.get(name)) for name, rs in by_case(report).items()]
     text = (
         "Each cell is the largest error in a stretch of positions, as a share of what is allowed "
-        "for that output; above 1 is a breach. Hover over a cell for its value and place."
+        "for that output; above 1 is a breach. The figure behind a line is the whole output's, by "
+        "its largest or its mean error, whichever takes more. Hover over a cell for its value and "
+        "place."
     )
     maps = tag("div", *figures, class_="maps")
-    return join([tag("p", text), _legend(), maps]) if figures else ""
-
-
-def _legend() -> Html:
-    names = ["0", f"to {_ENDS[0]:g}"]
-    names += [f"to {end:g}" for end in _ENDS[1:-1]]
-    entries = [(f"h{i}", name) for i, name in enumerate([*names, f"over {_ENDS[-2]:g}"])]
-    swatches = (
-        tag("li", tag("svg", tag("rect", class_=heat, width=34, height=12)), name)
-        for heat, name in [*entries, ("hx", NOT_FINITE)]
-    )
-    return tag("ol", *swatches, class_="legend", aria_label="Colours of error over tolerance")
+    return join([tag("p", text), legend(), maps]) if figures else ""
 
 
 def _heat_map(name: str, results: list[TensorResult], case: Case | None) -> Html:
     lines: list[str] = []
     axes = [_Axis.of(result, case) for result in results]
-    for result, axis in zip(results, axes, strict=True):
-        said = tag("span", times(share_of(result)), class_=None if result.passed else "bad")
-        lines += [tag("span", label(result)), _strip(result, axis), said]
     longest = max(axes, key=lambda axis: axis.length)
+    for result, axis in zip(results, axes, strict=True):
+        said = tag("span", times(result.share), class_=None if result.passed else "bad")
+        lines += [tag("span", label(result)), _strip(result, axis, longest), said]
     if len(longest.rows) == 1:
-        ends = tag("i", tag("span", "0"), tag("span", f"{longest.length - 1}"))
+        ((first, count),) = longest.rows
+        ends = tag("i", tag("span", f"{first}"), tag("span", f"{first + count - 1}"))
         lines += [tag("span", "position"), tag("div", ends, class_="rows")]
     elif longest.rows:
         marks = (
@@ -136,17 +160,21 @@ def _heat_map(name: str, results: list[TensorResult], case: Case | None) -> Html
     return tag("figure", caption, tag("div", *lines, class_="map"))
 
 
-def _strip(result: TensorResult, axis: _Axis) -> Html:
+def _strip(result: TensorResult, axis: _Axis, longest: _Axis) -> Html:
+    """One line of cells; of a single row, drawn where its positions are on the longest axis."""
+    shift, width = 0, max(axis.length, 1)
+    if len(axis.rows) == len(longest.rows) == 1:
+        shift, width = axis.rows[0][0] - longest.rows[0][0], longest.length
     edges = axis.edges() if result.profile else []
     cells = []
     for error, start, end in zip(result.profile, edges, edges[1:], strict=False):
         ratio = ratio_of(error, result.tolerance)
         said = f"{times(ratio)} of the tolerance (error {number(error)}): {axis.name(start, end)}"
-        place = {"x": start, "width": end - start, "height": 1}
+        place = {"x": shift + start, "width": end - start, "height": 1}
         cells.append(tag("rect", tag("title", said), class_=heat(ratio), **place))
     borders = accumulate(count for _, count in axis.rows[:-1])
     lines = (tag("line", x1=x, x2=x, y1=0, y2=1, class_="border") for x in borders)
     where = f"row {result.row}, position {result.position}"
-    said = f"{label(result)}: at most {times(share_of(result))} of the tolerance, at {where}"
-    view = {"viewBox": f"0 0 {max(axis.length, 1)} 1", "preserveAspectRatio": "none"}
+    said = f"{label(result)}: {times(result.share)} of the tolerance; largest error at {where}"
+    view = {"viewBox": f"0 0 {width} 1", "preserveAspectRatio": "none"}
     return tag("svg", *cells, *lines, role="img", aria_label=said, **view)

@@ -3,14 +3,30 @@
 Everything is built with `markup.tag`, which escapes; the stylesheet is data/parity_page.css.
 """
 
+import math
 from importlib import resources
 from pathlib import Path
 
-from cla_export.compare.files import divergence_sentence
-from cla_export.compare.report import GreedyResult, ParityReport
+from cla_export.compare.files import arithmetic, divergence_sentence
+from cla_export.compare.report import (
+    ROLES,
+    Divergence,
+    GreedyResult,
+    ParityReport,
+    PerplexityResult,
+    TensorResult,
+)
 from cla_export.compare.thresholds import THRESHOLDS
-from cla_export.layout import Group, KVLayout
-from cla_export.views.heat_map import by_case, heat_maps, label, share_of, worst_of
+from cla_export.layout import KVLayout
+from cla_export.views.distribution import distributions
+from cla_export.views.heat_map import (
+    by_case,
+    cases_of,
+    heat_maps,
+    label,
+    worst_of,
+)
+from cla_export.views.layer_map import kv_layout, layer_map
 from cla_export.views.markup import (
     Html,
     facts,
@@ -25,25 +41,22 @@ from cla_export.views.markup import (
     times,
 )
 
-_ROLES = {
-    "q": "query",
-    "k": "new key",
-    "v": "new value",
-    "attention": "attention output",
-    "output": "layer output",
-}
-
 
 def to_html(report: ParityReport, layout: KVLayout) -> str:
     """The report of a bundle with this KV layout, as a page."""
     style = (resources.files("cla_export") / "data" / "parity_page.css").read_text("utf-8")
     verdict = "PASSED" if report.passed else "FAILED"
+    cases = cases_of(report)
+    mapped = None if report.layer_map is None else cases.get(report.layer_map.case)
     sections = {
-        "KV layout": _layout(report, layout),
-        "Error over tolerance": heat_maps(report),
+        "KV layout": kv_layout(report, layout),
+        "Error distributions": distributions(report),
+        "Error by layer and step": layer_map(report, layout, mapped),
+        "Error by case and position": heat_maps(report, cases),
         "Next-token distributions": _logits(report),
         "Greedy generation": _greedy(report.greedy),
         "Perplexity": _perplexity(report),
+        "Baseline": _baseline(report),
         "All outputs": _outputs(report),
         "Thresholds": _thresholds(report),
         "Environment": _environment(report),
@@ -53,8 +66,10 @@ def to_html(report: ParityReport, layout: KVLayout) -> str:
     body = tag(
         "main",
         _verdict(report, verdict),
+        _list("Faults in the graph", report.faults, "divergence"),
         _divergence(report),
-        _notes(report),
+        _debug(report),
+        _list("Notes", report.notes, "notes"),
         tag("nav", *links, aria_label="Sections"),
         *(
             tag("section", tag("h2", title), content, id=f"s{index}")
@@ -87,29 +102,43 @@ def _count(count: int, of: int) -> str:
 
 def _verdict(report: ParityReport, verdict: str) -> Html:
     within = sum(result.passed for result in report.tensors)
-    tiles = [("comparisons within tolerance", _count(within, len(report.tensors)), "")]
+    total = len(report.tensors)
+    tiles = [("comparisons within tolerance", within == total > 0, _count(within, total), "")]
     if (worst := worst_of(report.tensors)) is not None:
-        where = f"{worst.case}, {label(worst)}, row {worst.row}, position {worst.position}"
-        tiles.insert(0, ("worst error / tolerance", times(share_of(worst)), where))
+        tiles.insert(0, _worst_tile(worst, all(result.passed for result in report.tensors)))
     if report.greedy:
         tokens = sum(result.tokens for result in report.greedy)
         ties = sum(result.near_ties for result in report.greedy)
         note = f"of {tokens:,}" + (f", {ties} near-ties" if ties else "")
-        tiles.append(("greedy tokens agreeing", f"{report.greedy_agreement:.1%}", note))
+        agreed = all(result.passed for result in report.greedy)
+        tiles.append(("greedy tokens agreeing", agreed, f"{report.greedy_agreement:.1%}", note))
     if (score := report.perplexity) is not None:
         note = f"{score.bundle:.4f}, reference {score.reference:.4f}"
-        tiles.append(("perplexity, relative difference", number(score.difference, ".1e"), note))
+        difference = number(score.difference, ".1e")
+        tiles.append(("perplexity, relative difference", score.passed, difference, note))
+    if score is not None and score.unquantized is not None:
+        note = f"reference {score.reference:.4f}, before quantisation {score.unquantized:.4f}"
+        tiles.append(("perplexity, cost of quantisation", True, _cost(score), note))
+    if report.baseline is not None:
+        worse = len(report.regressions)
+        said = f"{worse} worse" if worse else "nothing worse"
+        tiles.append(("against the baseline", not worse, said, Path(report.baseline).name))
     boxes = (
-        tag("div", tag("dt", name), tag("dd", value), tag("dd", note, class_="note"))
-        for name, value, note in tiles
+        tag(
+            "div",
+            tag("dt", name),
+            tag("dd", value if good else f"✗ {value}", class_=None if good else "bad"),
+            tag("dd", note, class_="note"),
+        )
+        for name, good, value, note in tiles
     )
     mark = tag("span", f"{'✓' if report.passed else '✗'} {verdict}", class_="verdict")
     details = {
         "bundle": report.bundle,
-        "against": f"{report.reference}, PyTorch in float32",
+        "against": f"{report.reference}, PyTorch in float64",
         "target": f"{report.target}, run by {report.backend}",
-        "dtype": report.dtype,
-        "tokens": f"{report.tokens}, rows of {report.length:,}",
+        "arithmetic": arithmetic(report),
+        "tokens": f"{report.tokens}, rows of {report.length:,}, seed {report.seed}",
     }
     return tag(
         "header",
@@ -119,6 +148,22 @@ def _verdict(report: ParityReport, verdict: str) -> Html:
         facts(details),
         class_="passed" if report.passed else "failed",
     )
+
+
+def _worst_tile(worst: TensorResult, good: bool) -> tuple[str, bool, str, str]:
+    """The mean error has no place; the largest has."""
+    where = f"{worst.case}, {label(worst)}, "
+    if worst.share > ratio_of(worst.max_error, worst.tolerance):
+        where += "by its mean error"
+    else:
+        where += f"row {worst.row}, position {worst.position}"
+    return "worst error / tolerance", good, times(worst.share), where
+
+
+def _list(title: str, items: list[str], look: str) -> str:
+    if not items:
+        return ""
+    return tag("section", tag("h2", title), tag("ul", *(tag("li", i) for i in items)), class_=look)
 
 
 def _divergence(report: ParityReport) -> str:
@@ -132,7 +177,7 @@ def _divergence(report: ParityReport) -> str:
         details = {
             "layer": f"{first.layer}",
             "group": f"{first.group}",
-            "role": _ROLES.get(first.role, first.role),
+            "role": ROLES.get(first.role, first.role),
             "row": f"{first.row}",
             "position": f"{first.position}",
             "channel": f"{first.channel}",
@@ -141,91 +186,40 @@ def _divergence(report: ParityReport) -> str:
             "error": number(first.error),
             "allowed": number(first.tolerance),
             "error / allowed": times(ratio_of(first.error, first.tolerance)),
-            "case": f"{first.case}, call {first.call}",
+            "case": first.case,
+            "call": _call(report, first),
         }
+        if first.error <= first.tolerance:
+            details["beyond what is allowed"] = "the mean error of this tensor"
         parts += [facts(details)]
     return tag("section", *parts, class_="divergence")
 
 
-def _notes(report: ParityReport) -> str:
-    if not report.notes:
+def _call(report: ParityReport, first: Divergence) -> str:
+    """The call's number, and what it was where the map of layers says so."""
+    shown = report.layer_map
+    if shown is None or shown.case != first.case or first.call >= len(shown.calls):
+        return f"{first.call}"
+    return f"{first.call} ({shown.calls[first.call]})"
+
+
+def _debug(report: ParityReport) -> str:
+    if (debug := report.debug) is None:
         return ""
-    notes = tag("ul", *(tag("li", note) for note in report.notes))
-    return tag("section", tag("h2", "Notes"), notes, class_="notes")
-
-
-def _layout(report: ParityReport, layout: KVLayout) -> Html:
-    marked = report.divergence.layer if report.divergence is not None else None
-    cell = 30 if layout.num_layers <= 16 else 20 if layout.num_layers <= 32 else 13
-    rows = []
-    for group in layout.groups:
-        worst = worst_of(result for result in report.tensors if result.group == group.index)
-        rows.append(
-            row(
-                f"{group.index}",
-                _group_map(group, layout.num_layers, cell, marked),
-                f"{group.owner}",
-                ", ".join(map(str, group.sharers)) or "none",
-                "full" if group.window is None else f"{group.window:,} tokens",
-                f"{group.kv_heads} x {group.head_dim}",
-                times(share_of(worst)) if worst else "",
-                class_="here" if marked in group.layers else None,
-            )
-        )
-    titles = (
-        "group#, layers, owner#, sharers, window, kv heads x dim#, worst cache error / tolerance#"
+    return tag(
+        "section",
+        tag("h2", "Run it again"),
+        tag(
+            "p",
+            "One call (",
+            debug.call,
+            ") is in ",
+            tag("code", debug.folder),
+            ": what went in, what PyTorch gives, what the bundle gave. To run it again:",
+        ),
+        tag("pre", "\n".join(debug.commands)),
+        class_="notes",
     )
-    head = row("", _layer_axis(layout.num_layers, cell, marked), *[""] * 5, class_="axis")
-    drawn = table("KV layout", titles, [head, *rows])
-    key = "● owner, writes the group's cache; ○ sharer, reads it."
-    if marked is not None:
-        key += f" Layer {marked}, marked, is where the first value differs."
-    return join([tag("p", layout.describe(), ". ", key), drawn])
-
-
-def _group_map(group: Group, layers: int, cell: int, marked: int | None) -> Html:
-    """One line of the map: a place for each layer."""
-
-    def middle(layer: int) -> float:
-        return (layer + 0.5) * cell
-
-    size, radius = 24, min(cell * 0.32, 8)
-    parts = [_column(marked, cell, size)] if marked is not None else []
-    y = size / 2
-    parts += [
-        tag("circle", cx=middle(i), cy=y, r=1, class_="other")
-        for i in range(layers)
-        if i not in group.layers
-    ]
-    if group.sharers:
-        ends = {"x1": middle(group.owner), "x2": middle(group.layers[-1])}
-        parts.append(tag("line", **ends, y1=y, y2=y, class_="link"))
-    for layer in group.layers:
-        role = "owner" if layer == group.owner else "sharer"
-        title = tag("title", f"layer {layer}: {role} of group {group.index}")
-        look = role + (" hit" if layer == marked else "")
-        parts.append(tag("circle", title, cx=middle(layer), cy=y, r=radius, class_=look))
-    said = f"group {group.index}: owner layer {group.owner}"
-    if group.sharers:
-        said += f", sharers {', '.join(map(str, group.sharers))}"
-    if marked in group.layers:
-        said += f"; first divergence in layer {marked}"
-    return svg(said, layers * cell, size, parts)
-
-
-def _layer_axis(layers: int, cell: int, marked: int | None) -> Html:
-    every = 1 if cell >= 20 else 5
-    parts = [_column(marked, cell, 16)] if marked is not None else []
-    parts += [
-        tag("text", str(i), x=(i + 0.5) * cell, y=12, class_="hit" if i == marked else None)
-        for i in range(layers)
-        if i == marked or (i % every == 0 and (every == 1 or abs(i - (marked or i)) != 1))
-    ]
-    return svg(f"layers 0 to {layers - 1}", layers * cell, 16, parts)
-
-
-def _column(layer: int, cell: int, height: int) -> Html:
-    return tag("rect", x=layer * cell, y=0, width=cell, height=height, class_="column")
 
 
 def _outputs(report: ParityReport) -> str:
@@ -235,23 +229,31 @@ def _outputs(report: ParityReport) -> str:
                 result.passed,
                 name,
                 result.output,
+                times(result.share),
                 number(result.max_error),
-                number(result.mean_error),
                 number(result.tolerance),
-                times(share_of(result)),
+                number(result.mean_error),
+                number(result.mean_tolerance) if math.isfinite(result.mean_tolerance) else "any",
+                number(result.max_relative),
+                number(result.mean_relative),
                 number(result.rms, ".3g"),
                 number(result.cosine, ".8f"),
-                f"row {result.row}, position {result.position}",
+                f"{result.row}",
+                f"{result.position}",
             )
             for result in results
         ]
         for name, results in by_case(report).items()
     ]
-    titles = (
-        "case, output, max error#, mean error#, tolerance#, error / tolerance#, reference rms#, "
-        "cosine#, largest error at, verdict"
+    text = (
+        "Error / tolerance is the larger of largest error over what it may be, and mean error over "
+        "what that may be. Rms is of the reference; row and position are of the largest error."
     )
-    return table("All outputs", titles, *bodies) if bodies else ""
+    titles = (
+        "case, output, error / tolerance#, max error#, allowed#, mean error#, allowed#, "
+        "max / rms#, mean / rms#, rms#, cosine#, row#, position#, verdict"
+    )
+    return join([tag("p", text), table("All outputs", titles, *bodies)]) if bodies else ""
 
 
 def _logits(report: ParityReport) -> str:
@@ -307,39 +309,64 @@ def _bar(result: GreedyResult) -> Html:
 def _perplexity(report: ParityReport) -> str:
     if (score := report.perplexity) is None:
         return ""
-    only = judged(
-        score.passed,
-        score.text,
+    titles = "text, tokens#, bundle#, reference#, relative difference#, allowed#, "
+    cells = [
         f"{score.tokens:,}",
         f"{score.bundle:.6g}",
         f"{score.reference:.6g}",
         number(score.difference, ".1e"),
         number(score.tolerance, ".1e"),
-    )
-    titles = "text, tokens#, bundle#, reference#, relative difference#, allowed#, verdict"
-    return table("Perplexity", titles, [only])
+    ]
+    if score.unquantized is not None:
+        titles += "before quantisation#, cost of it#, "
+        cells += [f"{score.unquantized:.6g}", _cost(score)]
+    return table("Perplexity", titles + "verdict", [judged(score.passed, score.text, *cells)])
+
+
+def _cost(score: PerplexityResult) -> str:
+    """What quantisation costs, relative: both sides are PyTorch."""
+    return f"{score.reference / (score.unquantized or math.nan) - 1:+.2%}"
+
+
+def _baseline(report: ParityReport) -> str:
+    if report.baseline is None and not report.regressions:
+        return ""
+    name = tag("code", report.baseline or "")
+    if not report.regressions:
+        return tag("p", "✓ Nothing is worse than in ", name, ".")
+    rows = [row(worse.what, worse.before, worse.now) for worse in report.regressions]
+    text = tag("p", "What was better in ", name, " fails, even within its tolerance.")
+    return join([text, table("Baseline", "what, before#, now#", rows)])
 
 
 def _thresholds(report: ParityReport) -> Html:
     rows = [
         row(
-            f"{dtype} (this bundle)" if dtype == report.dtype else dtype,
-            f"{threshold.scale:g}",
-            f"{threshold.factor:g}",
+            f"{name} (this bundle)" if name == report.arithmetic else name,
+            f"2^{math.log2(threshold.unit):g}",
+            f"{threshold.largest:g}",
+            f"{threshold.units:g}",
+            f"{threshold.mean:g}",
             f"{threshold.perplexity:g}",
-            threshold.reason,
-            class_="here" if dtype == report.dtype else None,
+            tag("div", threshold.reason, class_="why"),
+            class_="here" if name == report.arithmetic else None,
         )
-        for dtype, threshold in THRESHOLDS.items()
+        for name, threshold in THRESHOLDS.items()
     ]
     text = (
-        "An element may be off by scale * rms of the reference + factor * the largest error that "
-        "PyTorch itself makes on that output in the bundle's dtype; perplexity by a relative "
-        "difference."
+        "An output passes if its largest error is at most the largest factor times the one that "
+        "PyTorch itself makes in the bundle's arithmetic, plus so many unit roundoffs of its "
+        "largest value, and its mean error at most the mean factor times PyTorch's own, plus one "
+        "roundoff of its mean magnitude. Errors are distances from PyTorch in float64; perplexity "
+        "may differ by the share in its column."
     )
-    drawn = table("Thresholds", "dtype, scale#, factor#, perplexity#, why", rows)
-    return join([tag("p", text), drawn])
+    titles = (
+        "arithmetic, unit roundoff#, largest factor#, units#, mean factor#, perplexity#, reason"
+    )
+    return join([tag("p", text), table("Thresholds", titles, rows)])
 
 
 def _environment(report: ParityReport) -> str:
-    return facts(report.tools) if report.tools else ""
+    took = {"took": f"{report.seconds:,.1f} s"} if report.seconds else {}
+    known = {**report.tools, **report.machine, **took}
+    return facts(known) if known else ""

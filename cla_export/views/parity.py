@@ -5,15 +5,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cla_export.compare.files import summaries, worst_cache
+from cla_export.compare.files import arithmetic, summaries, worst_cache
 from cla_export.compare.report import ParityReport
 
 
 def render(report: ParityReport, console: Console) -> None:
     """Print one line per case, then the summaries and the verdict. Fits 80 columns."""
     console.print(
-        f"[bold]parity[/] {Path(report.bundle).name}: {report.target}, {report.dtype}, against "
-        f"PyTorch float32 on {report.tokens}",
+        f"[bold]parity[/] {Path(report.bundle).name}: {report.target}, {arithmetic(report)}, "
+        f"against PyTorch in float64 on {report.tokens}",
         highlight=False,
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -30,14 +30,15 @@ def render(report: ParityReport, console: Console) -> None:
         table.add_row(
             case,
             f"{logits.max_error:.1e}",
-            f"{logits.tolerance:.0e}",
+            f"{logits.tolerance:.1e}",
             f"{cache.max_error:.1e}",
-            f"{cache.tolerance:.0e}",
+            f"{cache.tolerance:.1e}",
             cache.output.removeprefix("cache."),
             "[green]pass[/]" if passed else "[bold red]FAIL[/]",
         )
-    console.print(table)
+    if report.tensors:
+        console.print(table)
     for line in summaries(report):
-        console.print(f"  {line}", highlight=False)
+        console.print(f"  {line}", highlight=False, markup=False)
     verdict = "[bold green]PASSED[/]" if report.passed else "[bold red]FAILED[/]"
-    console.print(verdict)
+    console.print(f"{verdict} in {report.seconds:.1f} s", highlight=False)

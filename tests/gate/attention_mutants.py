@@ -245,18 +245,18 @@ def attention_output_heads_swapped(s: Subject) -> Place:
     swapped = s.permute_heads(output, s.spec.q_heads, order)
     for reader, slot in readers:
         reader.replace_input_with(slot, swapped)
-    return s.at(s.sharer, "output")
+    return s.at(s.sharer, "attention_branch")
 
 
 @mutant()
 def attention_output_merged_dims_first(s: Subject) -> Place:
     """[B, S, D, H] is merged instead of [B, S, H, D]: a transpose was forgotten."""
-    node = s.node(f"layers.{s.sharer}/attn/o_proj/MatMul")
+    node = s.product(f"layers.{s.sharer}/attn/o_proj")
     merged, heads = node.inputs[0], s.spec.q_heads
     split = s.op("Reshape", [merged, s.constant([0, 0, heads, -1])], like=merged)
     turned = s.op("Transpose", [split], {"perm": [0, 1, 3, 2]}, like=merged)
     node.replace_input_with(0, s.op("Reshape", [turned, s.constant([0, 0, -1])], like=merged))
-    return s.at(s.sharer, "output")
+    return s.at(s.sharer, "attention_branch")
 
 
 # RoPE
@@ -386,6 +386,12 @@ def rope_angles_in_half_precision(s: Subject) -> Place:
     frequency = (10000.0 ** -(np.arange(0, dim, 2) / dim)).astype(np.float16)
     angles = np.arange(s.spec.max_positions, dtype=np.float16)[:, None] * frequency
     return _set_tables(s, np.cos(angles.astype(float)), np.sin(angles.astype(float)))
+
+
+@mutant()
+def rope_tables_scaled(s: Subject) -> Place:
+    """YaRN's attention factor is applied to a model without."""
+    return _set_tables(s, *(1.1 * s.weight(f"model.rope_{part}") for part in ("cos", "sin")))
 
 
 @mutant()

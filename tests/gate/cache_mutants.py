@@ -4,7 +4,7 @@ import onnx_ir as ir
 from subject import (
     Place,
     Subject,
-    drowned_in_float16,
+    drowned,
     fused,
     has_qk_norm,
     in_float32,
@@ -148,7 +148,7 @@ def keys_cached_in_half_precision(s: Subject) -> Place:
     return s.at(s.shared.owner, "k")
 
 
-@mutant(invisible=drowned_in_float16)
+@mutant(invisible=drowned)
 def values_cached_in_bfloat16(s: Subject) -> Place:
     """The cache's dtype is taken from the training config."""
     s.through(*s.writes(s.shared)[VALUES], ir.DataType.BFLOAT16)
@@ -241,7 +241,7 @@ def cache_written_one_place_late(s: Subject) -> Place:
         most = s.op("Sub", [room, count], dtype=ir.DataType.INT64)
         later = s.op("Add", [node.inputs[2], s.constant(1)], dtype=ir.DataType.INT64)
         node.replace_input_with(2, s.op("Min", [later, most], dtype=ir.DataType.INT64))
-    return s.at(s.shared.owner, "attention")
+    return s.at(s.shared.owner, "key_cache")
 
 
 @mutant(standard)
@@ -260,7 +260,7 @@ def cache_not_written_in_decode(s: Subject) -> Place:
         for user, at in users:
             user.replace_input_with(at, kept)
         s.graph.outputs[s.graph.outputs.index(present)] = kept
-    return s.at(s.shared.owner, "attention")
+    return s.at(s.shared.owner, "key_cache")
 
 
 @mutant(fused)

@@ -205,6 +205,46 @@ def slot_not_reset(s: Subject) -> Place:
     return ANYWHERE
 
 
+@mutant()
+def reused_prefix_appended_to(s: Subject) -> Place:
+    """A request that reuses a prefix goes on behind all that its slot holds, not behind that."""
+
+    class Wrong(OnnxRuntimeExecutor):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self._held = np.zeros(self.slots, np.int64)
+
+        def _run_with(self, first, input_ids, starts, counts, keep, more):
+            rows, length = input_ids.shape
+            held = self._held[first : first + rows]
+            late = (starts > 0) & (starts < held) & (held + length <= self.capacity) & (rows == 1)
+            starts = np.where(late, held, starts)
+            self._held[first : first + rows] = starts + counts
+            return super()._run_with(first, input_ids, starts, counts, keep, more)
+
+    s.engine = Wrong
+    return ANYWHERE
+
+
+@mutant()
+def reused_prefix_one_short(s: Subject) -> Place:
+    """A request that reuses a prefix overwrites the last token of it."""
+
+    class Wrong(OnnxRuntimeExecutor):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self._held = np.zeros(self.slots, np.int64)
+
+        def _run_with(self, first, input_ids, starts, counts, keep, more):
+            rows = len(starts)
+            reuses = (starts > 0) & (starts < self._held[first : first + rows])
+            self._held[first : first + rows] = starts + counts
+            return super()._run_with(first, input_ids, starts - reuses, counts, keep, more)
+
+    s.engine = Wrong
+    return ANYWHERE
+
+
 def _shifted_views(s: Subject, group: int, shift) -> None:
     """Bind one group's caches to the slots from shift(first, rows) on."""
 

@@ -21,7 +21,7 @@ def attention_residual_dropped(s: Subject) -> Place:
     """x = attention(x) instead of x + attention(x), in one layer."""
     add = s.residuals(s.middle)[0]
     add.outputs[0].replace_all_uses_with(add.inputs[1])
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 @mutant()
@@ -38,7 +38,7 @@ def mlp_reads_the_stream_before_attention(s: Subject) -> Place:
     """Attention and MLP side by side (GPT-J, Falcon) in a model where they follow each other."""
     norm = s.node(f"layers.{s.middle}/post_attention_layernorm/RMSNormalization")
     norm.replace_input_with(0, s.residuals(s.middle)[0].inputs[0])
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 @mutant()
@@ -46,7 +46,7 @@ def sharers_attention_branch_dropped(s: Subject) -> Place:
     """A sharer has no K and V, so its attention is optimised away."""
     add = s.residuals(s.sharer)[0]
     add.outputs[0].replace_all_uses_with(add.inputs[0])
-    return s.at(s.sharer, "output")
+    return s.at(s.sharer, "mlp")
 
 
 @mutant()
@@ -72,7 +72,7 @@ def gelu_for_silu(s: Subject) -> Place:
     gate = s.node(f"layers.{s.middle}/mlp/Sigmoid").inputs[0]
     mul = s.node(f"layers.{s.middle}/mlp/Mul")
     mul.outputs[0].replace_all_uses_with(s.op("Gelu", [gate], like=gate))
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 @mutant()
@@ -80,7 +80,7 @@ def quick_gelu_for_silu(s: Subject) -> Place:
     """x * sigmoid(1.702 x)."""
     node = s.node(f"layers.{s.middle}/mlp/Sigmoid")
     s.wrap(node, 0, "Mul", s.constant(1.702, node.inputs[0].dtype.numpy()))
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 def _set_epsilon(s: Subject, part: str, epsilon: float) -> None:
@@ -110,7 +110,7 @@ def norm_subtracts_the_mean(s: Subject) -> Place:
         "LayerNormalization", list(norm.inputs), {"axis": -1, "epsilon": 1e-5}, like=norm.inputs[0]
     )
     norm.outputs[0].replace_all_uses_with(normed)
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 @mutant()
@@ -123,7 +123,7 @@ def post_norm_for_pre_norm(s: Subject) -> Place:
         "RMSNormalization", [add.inputs[1], norm.inputs[1]], {"epsilon": 1e-5}, like=add.inputs[1]
     )
     add.replace_input_with(1, normed)
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 @mutant()
@@ -147,7 +147,7 @@ def stream_rounded_between_layers(s: Subject) -> Place:
 
 
 def _head(s: Subject) -> ir.Node:
-    return s.node("lm_head/MatMul")
+    return s.product("lm_head")
 
 
 def _new_logits(s: Subject, made: ir.Value, old: ir.Value) -> Place:
@@ -199,6 +199,17 @@ def logits_of_the_padded_end(s: Subject) -> Place:
     none = s.op("Mul", [valid, s.constant(0)], like=valid)
     whole = s.op("Add", [none, s.node("lengths/Shape").outputs[0]], like=valid)
     s.node("head/Sub_1").replace_input_with(0, whole)
+    return OUTSIDE
+
+
+@mutant()
+def logits_kept_from_the_front(s: Subject) -> Place:
+    """Asked for some of a call's logits, the graph returns those of its first tokens."""
+    keep = s.node("head/Min").outputs[0]  # []
+    single = s.op("Equal", [keep, s.constant(1)], dtype=ir.DataType.BOOL)
+    last, zero = s.node("head/Max").outputs[0], s.constant(0)
+    start = s.op("Where", [single, last, zero], like=last)
+    s.node("head/Unsqueeze").replace_input_with(0, start)
     return OUTSIDE
 
 

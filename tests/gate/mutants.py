@@ -3,6 +3,7 @@
 cache_mutants    who reads and writes which cache, and when
 attention_mutants  what attention computes: masks, scale, heads, RoPE
 weight_mutants   values: swapped, rounded, lost
+quantization_mutants  scales, zero points and packing
 layer_mutants    the rest of the network: norms, residuals, MLP, head
 engine_mutants   a right graph in a wrong executor: lengths, slots, stale state
 """
@@ -15,6 +16,7 @@ import attention_mutants
 import cache_mutants
 import engine_mutants
 import layer_mutants
+import quantization_mutants
 import weight_mutants
 from subject import MUTANTS, Mutant, Place, Subject
 
@@ -27,12 +29,13 @@ _MODULES = (
     cache_mutants,
     attention_mutants,
     weight_mutants,
+    quantization_mutants,
     layer_mutants,
     engine_mutants,
 )
 
 _LONG = {"max_position_embeddings": 176}  # the gate's full length, and spare places behind it
-LAYOUTS: dict[str, dict] = {  # name -> target, dtype and configuration
+LAYOUTS: dict[str, dict] = {  # name -> target, dtype, quantize and configuration
     "mqa-cla2": {
         "kv_owner": (0, 0, 2, 2),
         "num_key_value_heads": 1,
@@ -72,6 +75,11 @@ LAYOUTS |= {
         **LAYOUTS["gqa-cla3-window-norms-biases"],
     },
     "float16/mqa-cla2": {"dtype": "fp16", **LAYOUTS["mqa-cla2"]},
+    "int8/gqa-cla3-window-norms-biases": {
+        "quantize": "int8",
+        **LAYOUTS["gqa-cla3-window-norms-biases"],
+    },
+    "int4/gqa-noncontiguous": {"quantize": "int4", **LAYOUTS["gqa-noncontiguous"]},
 }
 
 
@@ -94,7 +102,9 @@ class Outcome:
             return "greedy"
         if self.report.perplexity is not None and not self.report.perplexity.passed:
             return "perplexity"
-        return "reading" if self.report.graph_faults else "passed"
+        if self.report.divergence is not None:
+            return "layers"
+        return "reading" if self.report.faults else "passed"
 
     @property
     def found(self) -> str:
@@ -112,7 +122,7 @@ class Outcome:
 
     @property
     def _faults(self) -> str:
-        return "; ".join(self.report.graph_faults)
+        return "; ".join(self.report.faults)
 
     def _failing_caches(self) -> set[int]:
         """Of the first case that fails: later ones decode from what it left."""
@@ -125,7 +135,9 @@ class Outcome:
         if self.report.passed:
             return "survived"
         if self._only_read:
-            named = f"layers.{place.layer}/" in self._faults
+            named = place.layer is None or any(
+                f"layers.{place.layer}{end}" in self._faults for end in "./"
+            )
             return None if named else f"in layer {place.layer}, but found at {self.found}"
         if place.outside:
             wrong = first is not None or bool(self._failing_caches())

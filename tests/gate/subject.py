@@ -14,6 +14,7 @@ from cla_export.bundle import Bundle
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.layout import Group
 from cla_export.models.checkpoint import open_checkpoint
+from cla_export.quantization import PACKED, SCALES, Quantization
 from cla_export.rewrite.builder import named_constant
 from cla_export.rewrite.group_attention import LAYER
 
@@ -184,20 +185,48 @@ class Subject:
     # Weights
 
     def weight(self, name: str) -> NDArray[Any]:
-        """A copy of a weight's values; layer weights go by `3.mlp.up_proj.weight`."""
-        return self._weight(name).const_value.numpy().copy()
+        """A copy of a weight's values; layer weights go by `3.mlp.up_proj.weight`.
+
+        Of a quantised one, what it stands for.
+        """
+        full = self._full_name(name)
+        if full in self.graph.initializers:
+            return self.part(full)
+        packed, scales = self.part(full + PACKED), self.part(full + SCALES)
+        columns = self._product_with(full).attributes.get_int("K")
+        return self._how(full).unpack(packed, scales, columns)
 
     def set_weight(self, name: str, array: NDArray[Any]) -> None:
-        value = self._weight(name)
+        full = self._full_name(name)
+        if full in self.graph.initializers:
+            self.set_part(full, array)
+            return
+        packed, scales = self._how(full).pack(array.astype(np.float32))
+        self.set_part(full + PACKED, packed)
+        self.set_part(full + SCALES, scales)
+
+    def part(self, name: str) -> NDArray[Any]:
+        """A copy of an initialiser's values."""
+        return self.graph.initializers[name].const_value.numpy().copy()
+
+    def set_part(self, name: str, array: NDArray[Any]) -> None:
+        value = self.graph.initializers[name]
         array = np.ascontiguousarray(array.astype(value.dtype.numpy()))
         value.const_value = ir.tensor(array, name=value.name)
         value.shape = ir.Shape(array.shape)
 
-    def has_weight(self, name: str) -> bool:
-        return self._full_name(name) in self.graph.initializers
+    def _how(self, full: str) -> Quantization:
+        assert self.bundle.quantization is not None
+        return self.bundle.quantization.of_weight(full)
 
-    def _weight(self, name: str) -> ir.Value:
-        return self.graph.initializers[self._full_name(name)]
+    def _product_with(self, full: str) -> ir.Node:
+        (use, *_) = self.graph.initializers[full + PACKED].uses()
+        return use[0]
+
+    def product(self, scope: str) -> ir.Node:
+        """The product with a Linear's weight: MatMul, or MatMulNBits of a quantised one."""
+        names = (f"{scope}/MatMul", f"{scope}/MatMulNBits")
+        return next(node for node in self.graph if node.name in names)
 
     @staticmethod
     def _full_name(name: str) -> str:
@@ -249,12 +278,21 @@ def mutant(
 
 
 def in_float32(s: Subject) -> bool:
-    return s.bundle.dtype == "float32"
+    return s.bundle.dtype == "float32" and s.bundle.quantization is None
 
 
-def drowned_in_float16(s: Subject) -> str | None:
-    """For errors no larger than what float16 makes of the same tensors by itself."""
-    return None if in_float32(s) else "smaller than what float16 rounds off by itself"
+def quantized(s: Subject) -> bool:
+    return s.bundle.quantization is not None
+
+
+def plain(s: Subject) -> bool:
+    """Weights are in the graph as they are."""
+    return s.bundle.quantization is None
+
+
+def drowned(s: Subject) -> str | None:
+    """For errors no larger than what a coarser arithmetic makes of the same tensors by itself."""
+    return None if in_float32(s) else f"smaller than what {s.bundle.arithmetic} rounds off itself"
 
 
 def several_groups(s: Subject) -> bool:

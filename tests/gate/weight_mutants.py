@@ -7,10 +7,11 @@ from subject import (
     OUTSIDE,
     Place,
     Subject,
-    drowned_in_float16,
+    drowned,
     has_bias,
     in_float32,
     mutant,
+    plain,
 )
 
 
@@ -23,7 +24,11 @@ def _has_kv_norm(s: Subject) -> bool:
 
 
 def _tied(s: Subject) -> bool:
-    return s.spec.tie_embeddings
+    return s.spec.tie_embeddings and plain(s)
+
+
+def _untied(s: Subject) -> bool:
+    return not s.spec.tie_embeddings and plain(s)
 
 
 def _swap(s: Subject, first: str, second: str) -> None:
@@ -45,7 +50,7 @@ def one_weight_rounded_to_bfloat16(s: Subject) -> Place:
     """One tensor went through bfloat16 on its way."""
     name = f"{s.middle}.mlp.down_proj.weight"
     s.set_weight(name, s.weight(name).astype(ml_dtypes.bfloat16))
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 @mutant(in_float32)
@@ -53,17 +58,17 @@ def one_weight_rounded_to_float16(s: Subject) -> Place:
     """One tensor went through float16 on its way."""
     name = f"{s.middle}.mlp.down_proj.weight"
     s.set_weight(name, s.weight(name).astype(np.float16))
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
-@mutant(invisible=drowned_in_float16)
+@mutant(invisible=drowned)
 def one_weight_rounded_to_int8(s: Subject) -> Place:
     """One tensor was left quantised, a scale for each row."""
     name = f"{s.middle}.mlp.up_proj.weight"
     weight = s.weight(name).astype(np.float32)
     step = np.abs(weight).max(1, keepdims=True) / 127
     s.set_weight(name, np.round(weight / step) * step)
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 @mutant()
@@ -73,17 +78,17 @@ def one_row_of_a_weight_zeroed(s: Subject) -> Place:
     weight = s.weight(name)
     weight[-1] = 0
     s.set_weight(name, weight)
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
-@mutant(invisible=drowned_in_float16)
+@mutant(invisible=drowned)
 def one_element_of_a_weight_zeroed(s: Subject) -> Place:
     """A single damaged number."""
     name = f"{s.middle}.mlp.down_proj.weight"
     weight = s.weight(name)
     weight[3, 5] = 0
     s.set_weight(name, weight)
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 @mutant()
@@ -93,7 +98,7 @@ def nan_in_one_weight(s: Subject) -> Place:
     weight = s.weight(name)
     weight[0, 0] = np.nan
     s.set_weight(name, weight)
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 @mutant()
@@ -135,7 +140,7 @@ def tied_head_drifted_from_the_embedding(s: Subject) -> Place:
     return OUTSIDE
 
 
-@mutant(lambda s: not s.spec.tie_embeddings)
+@mutant(_untied)
 def untied_head_replaced_by_the_embedding(s: Subject) -> Place:
     """tie_word_embeddings was assumed."""
     s.node("lm_head/Transpose").replace_input_with(
@@ -157,7 +162,7 @@ def output_bias_dropped(s: Subject) -> Place:
     """o_proj lost its bias, as in families that have it on Q, K and V only."""
     name = f"{s.sharer}.self_attn.o_proj.bias"
     s.set_weight(name, 0 * s.weight(name))
-    return s.at(s.sharer, "output")
+    return s.at(s.sharer, "attention_branch")
 
 
 @mutant(has_bias)
@@ -189,7 +194,7 @@ def key_heads_of_a_weight_swapped(s: Subject) -> Place:
 def gate_and_up_swapped(s: Subject) -> Place:
     """A fused gate_up weight was split in the other order."""
     _swap(s, f"{s.middle}.mlp.gate_proj.weight", f"{s.middle}.mlp.up_proj.weight")
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 @mutant()
@@ -197,7 +202,7 @@ def two_layers_mlps_swapped(s: Subject) -> Place:
     """Layers were sorted as text, so that 10 came before 2."""
     for part in ("gate_proj", "up_proj", "down_proj"):
         _swap(s, f"{s.middle}.mlp.{part}.weight", f"{s.middle + 1}.mlp.{part}.weight")
-    return s.at(s.middle, "output")
+    return s.at(s.middle, "mlp")
 
 
 @mutant()
@@ -238,4 +243,4 @@ def norm_weight_counted_from_zero(s: Subject) -> Place:
     """Gemma stores w for a norm that multiplies by 1 + w."""
     name = f"{s.sharer}.post_attention_layernorm.weight"
     s.set_weight(name, s.weight(name).astype(np.float32) + 1)
-    return s.at(s.sharer, "output")
+    return s.at(s.sharer, "mlp")

@@ -4,16 +4,21 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
+import jsonschema
 import numpy as np
 import onnx_ir as ir
 import pytest
 from models_zoo import MIXED, Zoo, make_checkpoint
 
 from cla_export.bundle import Bundle
+from cla_export.compare.files import failure, to_junit, write_report
 from cla_export.compare.gate import compare_bundle
 from cla_export.compare.report import ParityReport
+from cla_export.compare.schema import json_schema
 from cla_export.errors import BadInput, BundleError
 
 Edit = Callable[[ir.Graph], None]
@@ -37,7 +42,7 @@ def test_a_good_bundle_passes(zoo: Zoo, which: str) -> None:
     assert report.passed
     assert report.divergence is None
     cases = {result.case for result in report.tensors}
-    assert len(cases) == 7
+    assert len(cases) == 9
     outputs = {f"cache.{g}.{p}" for g in range(bundle.layout.num_groups) for p in ("key", "value")}
     for case in cases:
         assert {r.output for r in report.tensors if r.case == case} == outputs | {"logits"}
@@ -167,8 +172,8 @@ MUTANTS: dict[str, tuple[str, Edit, tuple[int, int] | None, str | None]] = {
     "sharer sees one too many": ("portable", beyond_the_frontier, SHARER, "attention"),
     "query not rotated": ("onnxruntime", unrotated, SHARER, "q"),
     "key and value exchanged": ("onnxruntime", exchanged_inputs, OWNER, "k"),
-    "groups exchanged": ("onnxruntime", exchanged_groups, None, None),
-    "cache parts exchanged": ("onnxruntime", exchanged_parts, None, None),
+    "groups exchanged": ("onnxruntime", exchanged_groups, (0, 0), "key_cache"),
+    "cache parts exchanged": ("onnxruntime", exchanged_parts, OWNER, "key_cache"),
     "angles one position off": (
         "portable",
         weight("model.rope_cos", lambda x: np.roll(x, 1, axis=0)),
@@ -185,7 +190,7 @@ MUTANTS: dict[str, tuple[str, Edit, tuple[int, int] | None, str | None]] = {
         "portable",
         weight(f"{L2}mlp.up_proj.weight", lambda x: x[::-1]),
         SHARER,
-        "output",
+        "mlp",
     ),
     "NaN in a weight": (
         "onnxruntime",
@@ -245,9 +250,10 @@ def test_an_edit_that_changes_nothing_passes(zoo: Zoo, tmp_path: Path) -> None:
 def test_caches_alone_can_fail(zoo: Zoo, tmp_path: Path) -> None:
     """Exchanged groups give the right text; the cache's own comparison shows it."""
     report = gate(mutant(zoo, tmp_path / "bundle", "onnxruntime", exchanged_groups))
-    logits = [result for result in report.tensors if result.output == "logits"]
-    assert all(result.passed for result in logits)
-    caches = [result for result in report.tensors if result.output != "logits"]
+    tensors = [result for result in report.tensors if result.case != "last-positions"]
+    logits = [result for result in tensors if result.output == "logits"]
+    assert all(result.passed for result in logits), "but behind what another group held"
+    caches = [result for result in tensors if result.output != "logits"]
     assert not any(result.passed for result in caches)
     assert {result.group for result in caches} == {0, 1}
     assert report.greedy_agreement == 1.0
@@ -265,7 +271,7 @@ def test_numbers_that_are_not_finite_are_never_close(zoo: Zoo, tmp_path: Path) -
 
 
 def test_a_graph_that_fails_to_run(zoo: Zoo, tmp_path: Path) -> None:
-    """What the runtime refuses in the middle of a case ends the comparison with its reason."""
+    """What the runtime refuses in the middle of a case is a finding, with its reason."""
 
     def out_of_range(graph: ir.Graph) -> None:
         node = node_of(graph, 2, "Attention")
@@ -274,9 +280,26 @@ def test_a_graph_that_fails_to_run(zoo: Zoo, tmp_path: Path) -> None:
         node.replace_input_with(6, tape.op("Add", [node.inputs[6], many]))
         graph.sort()
 
-    with pytest.raises(BundleError, match="failed to run it") as caught:
-        gate(mutant(zoo, tmp_path / "bundle", "portable", out_of_range))
-    assert "layers.2/attn/Attention" in str(caught.value)
+    report = gate(mutant(zoo, tmp_path / "bundle", "portable", out_of_range))
+    assert not report.passed
+    fault = report.faults[0]
+    assert "failed to run it" in fault
+    assert "layers.2/attn/Attention" in fault
+    assert fault in failure(report)
+    write_report(report, tmp_path / "report")
+    junit = ET.parse(tmp_path / "report" / "parity.xml").getroot()
+    assert int(junit.attrib["failures"]) == 1
+
+
+def test_a_graph_that_cannot_be_opened(zoo: Zoo, tmp_path: Path) -> None:
+    def unknown_operator(graph: ir.Graph) -> None:
+        node_of(graph, 2, "Attention").op_type = "Attending"
+
+    report = gate(mutant(zoo, tmp_path / "bundle", "portable", unknown_operator))
+    assert not report.passed
+    assert any("cannot open it" in fault for fault in report.faults)
+    write_report(report, tmp_path / "report")
+    assert "Attending" in (tmp_path / "report" / "parity.md").read_text()
 
 
 # What it is asked to compare.
@@ -315,3 +338,37 @@ def test_text_that_cannot_be_read(zoo: Zoo, tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("In the beginning")
     with pytest.raises(BadInput, match=r"the bundle has no tokenizer\.json"):
         compare_bundle(zoo.bundle(**MIXED), text=tmp_path / "some.txt")
+
+
+# What it writes.
+
+
+def test_json_follows_its_schema(zoo: Zoo, tmp_path: Path) -> None:
+    schema = json.loads((resources.files("cla_export") / "data/parity.schema.json").read_text())
+    assert schema == json_schema(), "python -m cla_export.compare.schema > that file"
+    for report in (
+        gate(zoo.bundle(**MIXED)),
+        gate(mutant(zoo, tmp_path / "bundle", "onnxruntime", weight("lm_head.weight", with_nan))),
+    ):
+        jsonschema.validate(json.loads(json.dumps(report.to_json(), allow_nan=False)), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**report.to_json(), "seed": "x"}, schema)
+
+
+def test_junit_has_a_case_for_each_phase_and_group(zoo: Zoo, tmp_path: Path) -> None:
+    bad = gate(mutant(zoo, tmp_path / "bundle", "onnxruntime", scale))
+    for report in (gate(zoo.bundle(**MIXED)), bad):
+        suite = ET.fromstring(to_junit(report))
+        cases = {(c.attrib["classname"], c.attrib["name"]): c for c in suite}
+        assert len(cases) == len(suite) == int(suite.attrib["tests"])
+        for case in {result.case for result in report.tensors}:
+            for name in ("group 0 (layers 0, 2)", "group 1 (layers 1)", "logits"):
+                assert (f"parity.{case}", name) in cases
+        failed = [key for key, case in cases.items() if case.find("failure") is not None]
+        assert len(failed) == int(suite.attrib["failures"])
+        assert bool(failed) is not report.passed
+    assert ("parity.prefill", "logits") in failed
+    assert ("parity.layers", "case prefill, step by step") in failed
+    assert ("parity.prefill", "group 1 (layers 1)") not in failed, "its cache was written before"
+    text = cases["parity.prefill", "logits"].find("failure").text
+    assert "layer 1, group 1, attention output" in text

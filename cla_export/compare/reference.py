@@ -1,0 +1,162 @@
+"""What is right, and how far off PyTorch itself is: one model, computed in two ways.
+
+    exact    in float64, on the very values that the bundle's weights stand for
+    native   in the bundle's own arithmetic: its dtype, its rounding of activations
+
+The exact side judges a bundle; the native side's distance from it is the yardstick (thresholds.py).
+A model is in memory once in float32, and once more in the bundle's dtype where that is another:
+weights are widened to float64 one module at a time, while that module runs.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cla_export.models.cla import KV, ClaDecoder, KVCache
+from cla_export.quantization import Quantization
+
+Exact = NDArray[np.float64]
+GroupKV = list[tuple[NDArray[np.floating], NDArray[np.floating]]]  # keys, values: [T, Hkv, D] each
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A module and the arithmetic that it runs in."""
+
+    model: ClaDecoder
+    arithmetic: Callable[[ClaDecoder], AbstractContextManager[None]]
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: NDArray[np.int64], held: GroupKV | None = None
+    ) -> tuple[Exact, GroupKV]:
+        """Logits [S, V] of one row of tokens [S], and each group's new K and V [S, Hkv, D].
+
+        `held` is what the groups' caches hold before the row's first token.
+        """
+        start = len(held[0][0]) if held is not None else 0
+        ids = torch.from_numpy(tokens)[None]
+        positions = torch.arange(start, start + len(tokens))[None]
+        with self.arithmetic(self.model):
+            if held is None:
+                logits, groups = self.model.forward_with_kv(ids, positions)
+            else:
+                cache = _Held(held)
+                logits, groups = self.model(ids, positions, cache), cache.groups
+        return _exact(logits[0]), [(_tokens_first(k), _tokens_first(v)) for k, v in groups]
+
+    def logits(self, tokens: NDArray[np.int64]) -> Exact:
+        """Logits [S, V] of one row of tokens [S]."""
+        return self.forward(tokens)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Both sides."""
+
+    exact: Side
+    native: Side
+
+    @classmethod
+    def of(
+        cls, model: ClaDecoder, rounded: ClaDecoder | None, quantization: Quantization | None
+    ) -> "Reference":
+        """Sides over a float32 model; `rounded` is it in the bundle's dtype, where not float32."""
+
+        def rounding(module: ClaDecoder) -> AbstractContextManager[None]:
+            if quantization is None:
+                return nullcontext()
+            return _rounded_activations(module, quantization)
+
+        return cls(Side(model, _in_float64), Side(rounded or model, rounding))
+
+
+@contextmanager
+def _in_float64(model: ClaDecoder) -> Iterator[None]:
+    """Run every module in float64; a float32 weight goes there and back unchanged."""
+
+    def widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.double()
+        return tuple(x.double() for x in inputs)
+
+    def narrow(module: nn.Module, _inputs: object, _output: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+
+    def widen_output(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        return output.double()
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):  # a lookup: only the rows it returns need widening
+            handles.append(module.register_forward_hook(widen_output))
+        elif next(module.parameters(recurse=False), None) is not None:
+            handles.append(module.register_forward_pre_hook(widen))
+            handles.append(module.register_forward_hook(narrow, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _rounded_activations(model: ClaDecoder, quantization: Quantization) -> Iterator[None]:
+    """Round what goes into every quantised product to int8, a scale for each block of channels."""
+
+    def round_inputs(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        (x,) = inputs
+        size, width = quantization.block, x.shape[-1]
+        padded = nn.functional.pad(x, (0, -width % size)).reshape(*x.shape[:-1], -1, size)
+        step = padded.abs().amax(-1, keepdim=True) / 127
+        rounded: Tensor = (padded / step.clamp(min=torch.finfo(x.dtype).tiny)).round() * step
+        return rounded.flatten(-2)[..., :width]
+
+    handles = [
+        module.register_forward_pre_hook(round_inputs)
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Held:
+    """A KVCache of one row that holds made-up tokens before the row's own."""
+
+    def __init__(self, held: GroupKV) -> None:
+        self._held = held
+        self.groups: list[KV] = []  # what came since
+
+    def update(self, group: int, key: Tensor, value: Tensor) -> KV:
+        self.groups.append((key, value))
+        old = (torch.from_numpy(part).transpose(0, 1)[None] for part in self._held[group])
+        whole = [torch.cat((a.to(b.dtype), b), 2) for a, b in zip(old, (key, value), strict=True)]
+        return whole[0], whole[1]
+
+    def mask(self, position_ids: Tensor, window: int | None) -> Tensor:
+        distance = position_ids[:, None, :, None] - torch.arange(int(position_ids.max()) + 1)
+        allowed = distance >= 0
+        return allowed if window is None else allowed & (distance < window)
+
+
+def _exact(value: Tensor) -> Exact:
+    array: Exact = value.double().numpy()
+    return array
+
+
+def _tokens_first(value: Tensor) -> Exact:
+    """[1, H, T, D] as [T, H, D]."""
+    return _exact(value[0].transpose(0, 1)).copy()
+
+
+_: type[KVCache] = _Held

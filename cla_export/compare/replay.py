@@ -1,0 +1,223 @@
+"""Run one case again with every layer's values marked: which step goes wrong first, and how far?
+
+Calls are compared in the order they ran, and within a call layer by layer, in the order of
+`report.ROLES`. The first value beyond tolerance is the first divergence; the largest share of the
+tolerance that each layer takes in each call is the map that the report draws.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cla_export.bundle import Bundle
+from cla_export.compare.cases import SLOTS, Case
+from cla_export.compare.marks import Call, MarkedExecutor, marked
+from cla_export.compare.probe import CACHES, Key, Tensors, torch_tensors
+from cla_export.compare.reference import GroupKV, Reference
+from cla_export.compare.report import ROLES, Divergence, LayerErrors, LayerMap
+from cla_export.compare.runners import ExecutorRunner, fill_with_garbage, tiled
+from cla_export.compare.thresholds import Threshold
+from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
+from cla_export.layout import KVLayout
+
+_ENOUGH = 32  # tokens whose mean error says something
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One tensor of one layer, of one row of one call, against the reference."""
+
+    call: int
+    row: int  # of the case
+    layer: int
+    role: str
+    start: int  # position of its first token
+    got: NDArray[np.float32]  # [tokens, width]
+    expected: NDArray[np.float64]
+    error: NDArray[np.float64]
+    tolerance: float
+    mean_tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        few = len(self.got) < _ENOUGH
+        typical = few or float(self.error.mean()) <= self.mean_tolerance
+        return bool(self.error.max() <= self.tolerance) and typical
+
+    @property
+    def share(self) -> float:
+        """Largest error over what is allowed."""
+        worst = float(self.error.max())
+        return worst / self.tolerance if self.tolerance else (np.inf if worst else 0.0)
+
+
+@dataclass(slots=True)
+class Episode:
+    """What one slot went through from an empty one, or from a prefix, on: a sequence of tokens."""
+
+    tokens: list[int]
+    made: dict[Key, list[NDArray[np.float32]]] = field(default_factory=dict)  # by the bundle
+    expected: Tensors = field(default_factory=dict)
+    native: Tensors = field(default_factory=dict)
+
+    def cut(self, length: int) -> "Episode":
+        """An episode that begins with the first tokens of this one."""
+        made = {key: [whole[:length]] for key, whole in self.whole().items()} if length else {}
+        return Episode(self.tokens[:length], made)
+
+    def whole(self) -> dict[Key, NDArray[np.float32]]:
+        """What the bundle made of all the tokens, [S, width]."""
+        return {key: np.concatenate(parts) for key, parts in self.made.items()}
+
+    def compute(self, reference: Reference, before: GroupKV | None) -> None:
+        """Recompute every step in PyTorch, on both sides."""
+        row, forced = np.array(self.tokens, np.int64), self.whole()
+        forced = {key: value for key, value in forced.items() if np.isfinite(value).all()}
+        self.expected = torch_tensors(reference.exact, row, forced, before)
+        self.native = torch_tensors(reference.native, row, forced, before)
+        for role, cache in CACHES.items():
+            for layer in [layer for layer, found in self.expected if found == role]:
+                own = forced.get((layer, role))
+                exact = self.expected[layer, role] if own is None else own.astype(np.float64)
+                self.expected[layer, cache] = self.native[layer, cache] = exact
+
+
+def run_marked(
+    bundle: Bundle,
+    case: Case,
+    held: GroupKV,
+    capacity: int,
+    engine: type[OnnxRuntimeExecutor] = OnnxRuntimeExecutor,
+    record: int | None = None,
+) -> MarkedExecutor:
+    """Run a case; the executor's `calls` then hold what each layer made in each of them."""
+    slots = 1 if case.held else SLOTS
+    executor = marked(engine)(bundle, capacity=capacity, slots=slots, record=record)
+    fill_with_garbage(executor)
+    ExecutorRunner(executor, held).run_case(case.feed)
+    return executor
+
+
+def differences(
+    calls: list[Call],
+    layout: KVLayout,
+    reference: Reference,
+    threshold: Threshold,
+    case: Case,
+    held: GroupKV,
+) -> Iterator[Difference]:
+    """Every comparison, in the order that values are computed."""
+    first_slot = int(case.feed["first_slot"])
+    before = tiled(held, case.held)
+    for number, (call, episodes) in enumerate(
+        zip(calls, episodes_of(calls, case.held), strict=True)
+    ):
+        for episode in episodes:
+            if not episode.expected:
+                episode.compute(reference, before)
+        for layer, role in product(range(layout.num_layers), ROLES):
+            for index, episode in enumerate(episodes):
+                got = _got(call, index, layer, role, layout, case.held)
+                if got is None or (layer, role) not in episode.expected:
+                    continue
+                whole, native = episode.expected[layer, role], episode.native[layer, role]
+                start = 0 if role in CACHES.values() else call.starts[index] - case.held
+                expected = whole[start : start + len(got)]
+                error = np.abs(got - expected)
+                error[~np.isfinite(error)] = np.inf
+                yield Difference(
+                    call=number,
+                    row=call.first_slot + index - first_slot,
+                    layer=layer,
+                    role=role,
+                    start=case.held + start,
+                    got=got,
+                    expected=expected,
+                    error=error,
+                    tolerance=threshold.of(whole, native),
+                    mean_tolerance=threshold.mean_of(whole, native),
+                )
+
+
+def episodes_of(calls: list[Call], held: int) -> list[list[Episode]]:
+    """For each call, each row's episode, complete to the end of the case."""
+    current: dict[int, Episode] = {}
+    found = []
+    for call in calls:
+        row_episodes = []
+        for row, (start, tokens) in enumerate(zip(call.starts, call.tokens, strict=True)):
+            slot = call.first_slot + row
+            old = current.get(slot, Episode([]))
+            kept = min(max(start - held, 0), len(old.tokens))
+            if slot not in current or kept < len(old.tokens):
+                current[slot] = old.cut(kept)
+            episode = current[slot]
+            episode.tokens.extend(tokens)
+            for key, value in call.rows[row].items():
+                episode.made.setdefault(key, []).append(value)
+            row_episodes.append(episode)
+        found.append(row_episodes)
+    return found
+
+
+def _got(
+    call: Call, row: int, layer: int, role: str, layout: KVLayout, held: int
+) -> NDArray[np.float32] | None:
+    """What the bundle made, [tokens, width]; the caches' roles are of owners alone."""
+    if role not in CACHES.values():
+        return call.rows[row].get((layer, role))
+    if not layout.is_owner(layer):
+        return None
+    index = 2 * layout.group_of(layer) + (role == "value_cache")
+    cache = call.caches[row][index][held:]
+    return cache.reshape(len(cache), -1)
+
+
+def first_divergence(found: list[Difference], layout: KVLayout, case: Case) -> Divergence | None:
+    """The first comparison beyond its tolerance; None if no layer's values differ."""
+    first = next((difference for difference in found if not difference.passed), None)
+    if first is None:
+        return None
+    worst = int(first.error.argmax())
+    token, channel = divmod(worst, first.error.shape[1])
+    return Divergence(
+        case=case.name,
+        call=first.call,
+        layer=first.layer,
+        group=layout.group_of(first.layer),
+        role=first.role,
+        row=first.row,
+        position=first.start + token,
+        channel=channel,
+        got=float(first.got.flat[worst]),
+        expected=float(first.expected.flat[worst]),
+        error=float(first.error.flat[worst]),
+        tolerance=first.tolerance,
+    )
+
+
+def layer_map(found: list[Difference], calls: list[Call], case: Case) -> LayerMap:
+    """The largest share of its tolerance that each layer's worst tensor takes in each call."""
+    shares: dict[int, list[float]] = {}
+    roles: dict[int, list[str]] = {}
+    for difference in found:
+        row = shares.setdefault(difference.layer, [0.0] * len(calls))
+        names = roles.setdefault(difference.layer, [""] * len(calls))
+        if difference.share > row[difference.call] or not names[difference.call]:
+            row[difference.call], names[difference.call] = difference.share, difference.role
+    rows = [LayerErrors(layer, shares[layer], roles[layer]) for layer in sorted(shares)]
+    return LayerMap(case.name, [describe(call) for call in calls], rows)
+
+
+def describe(call: Call) -> str:
+    """`prefill 0-123` of one row, `decode 124`, `4 rows: decode 13, 124, 41, 62`."""
+    ends = [start + len(tokens) for start, tokens in zip(call.starts, call.tokens, strict=True)]
+    if all(len(tokens) == 1 for tokens in call.tokens):
+        what = "decode " + ", ".join(map(str, call.starts))
+    else:
+        spans = (f"{start}-{end - 1}" for start, end in zip(call.starts, ends, strict=True))
+        what = "prefill " + ", ".join(spans)
+    return what if len(call.rows) == 1 else f"{len(call.rows)} rows: {what}"

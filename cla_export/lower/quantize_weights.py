@@ -1,0 +1,83 @@
+"""Quantise weights: MatMul with a Linear's transposed weight becomes MatMulNBits.
+
+    x, Transpose(weight [N, K])  ->  MatMulNBits(x, weight.packed, weight.scales)
+
+Weights have no values yet at this point; `weights.attach` packs each when it is written out. A
+weight that is also read elsewhere, such as a tied embedding, is kept beside its packed form.
+"""
+
+import onnx_ir as ir
+
+from cla_export.quantization import PACKED, SCALES, WEIGHT, Quantization
+from cla_export.rewrite.simplify import drop_unused
+
+_INT8_PRODUCTS = 4  # accuracy_level
+
+
+def quantize_weights(model: ir.Model, quantization: Quantization) -> int:
+    """Quantise every Linear's weight; returns how many there were."""
+    graph = model.graph
+    found = 0
+    for node in list(graph):
+        weight = _linear_weight(node)
+        if weight is None:
+            continue
+        name = "lm_head.weight" if str(node.name).startswith("lm_head/") else str(weight.name)
+        how = quantization.of_weight(name)
+        assert weight.shape is not None and weight.shape.is_static()
+        rows, columns = weight.shape.numpy()
+        packed_shape, scales_shape = how.shapes(rows, columns)
+        parts = [
+            _initializer(graph, name + PACKED, weight, ir.DataType.UINT8, packed_shape),
+            _initializer(graph, name + SCALES, weight, weight.dtype, scales_shape),
+        ]
+        old = node.outputs[0]
+        quantized = ir.node(
+            "MatMulNBits",
+            [node.inputs[0], *parts],
+            {
+                "K": columns,
+                "N": rows,
+                "bits": how.bits,
+                "block_size": how.block,
+                "accuracy_level": _INT8_PRODUCTS,
+            },
+            domain="com.microsoft",
+            outputs=[ir.Value(name=old.name, type=old.type, shape=old.shape)],
+            name=str(node.name).replace("/MatMul", "/MatMulNBits"),
+            metadata_props=dict(node.metadata_props),
+        )
+        new = quantized.outputs[0]
+        if old.is_graph_output():
+            graph.outputs[graph.outputs.index(old)] = new
+        graph.insert_before(node, quantized)
+        old.replace_all_uses_with(new)
+        graph.remove(node, safe=True)
+        found += 1
+    if found:
+        model.opset_imports["com.microsoft"] = 1
+    drop_unused(model)
+    return found
+
+
+def _linear_weight(node: ir.Node) -> ir.Value | None:
+    """The 2-D weight [N, K] of a MatMul with its transpose, or None."""
+    if node.op_type != "MatMul" or node.inputs[1] is None:
+        return None
+    transpose = node.inputs[1].producer()
+    if transpose is None or transpose.op_type != "Transpose":
+        return None
+    weight = transpose.inputs[0]
+    if weight is None or not weight.is_initializer() or weight.const_value is not None:
+        return None
+    return weight if weight.shape is not None and len(weight.shape) == 2 else None
+
+
+def _initializer(
+    graph: ir.Graph, name: str, weight: ir.Value, dtype: ir.DataType | None, shape: tuple[int, ...]
+) -> ir.Value:
+    assert dtype is not None
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    value.metadata_props[WEIGHT] = str(weight.name)
+    graph.initializers[name] = value
+    return value
