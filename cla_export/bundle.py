@@ -26,6 +26,8 @@ from cla_export.quantization import Quantization
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
+BUILD_RECORD = "build.json"  # of an engine's folder
+_KINDS = {MANIFEST: "a bundle", BUILD_RECORD: "an engine"}
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 COPIED = (  # from the model folder, where it has them
@@ -91,6 +93,17 @@ class Bundle:
     def graph(self) -> Path:
         return self.folder / GRAPH
 
+    def special_tokens(self) -> list[int]:
+        """Ids of begin, end, padding and unknown that its configs name."""
+        found: dict[object, None] = {}
+        for name in ("generation_config.json", "config.json"):
+            path = self.folder / name
+            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+                ids = content.get(key)
+                found |= dict.fromkeys(ids if isinstance(ids, list) else [ids])
+        return [token for token in found if isinstance(token, int)]
+
     def attention_choices(self) -> list[str]:
         """A line for each operator that carries attention: which groups, and why."""
         groups = cast("list[dict[str, str]]", self.manifest["groups"])
@@ -110,19 +123,22 @@ class Bundle:
 
 
 @contextlib.contextmanager
-def new_folder(dest: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
+def new_folder(
+    dest: Path, *, force: bool, needed_bytes: int, manifest: str = MANIFEST
+) -> Iterator[Path]:
     """Yield a temporary folder that becomes `dest` if the block ends well, and vanishes if not.
 
-    Raises BundleError when `dest` exists and `force` is false, when the disk cannot hold
-    `needed_bytes`, and when it turns out full while writing.
+    `manifest` is the file that a folder of its kind has. Raises BundleError when `dest` exists and
+    `force` is false, when the disk cannot hold `needed_bytes`, and when it turns out full while
+    writing.
     """
     dest = dest.absolute()
     if dest.exists() and not force:
         raise BundleError(f"{dest} exists already; choose another folder or pass --force")
-    if dest.exists() and not _replaceable(dest):
+    if dest.exists() and not _replaceable(dest, manifest):
         raise BundleError(
-            f"{dest} exists and is not a bundle (no {MANIFEST}); --force replaces only bundles "
-            "and empty folders"
+            f"{dest} exists and is not {_KINDS[manifest]} (no {manifest}); --force replaces only "
+            f"its like and empty folders"
         )
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +165,8 @@ def new_folder(dest: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replaceable(dest: Path) -> bool:
-    return dest.is_dir() and ((dest / MANIFEST).is_file() or not any(dest.iterdir()))
+def _replaceable(dest: Path, manifest: str) -> bool:
+    return dest.is_dir() and ((dest / manifest).is_file() or not any(dest.iterdir()))
 
 
 def _swap(partial: Path, dest: Path) -> None:

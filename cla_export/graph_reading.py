@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 _LARGEST_CONSTANT = 1024  # elements; bigger initialisers are weights, which nothing here reads
 _PAST_SLOT = {"Attention": 4, "GroupQueryAttention": 3}  # where past_key stands, past_value next
+_ATTENTION = {
+    ("Attention", ""),
+    ("GroupQueryAttention", "com.microsoft"),
+    ("TRT_Attention", "trt"),
+    ("ClaAttention", "cla"),
+}
+_WRITERS = ("TensorScatter", "TRT_KVCacheUpdate")  # past cache, update, where
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +70,7 @@ def read_model(model: "ir.Model", name: str) -> tuple[GraphFacts, KVLayout, str,
 
 
 def _is_attention(node: "ir.Node") -> bool:
-    return (node.op_type, node.domain) in (
-        ("Attention", ""),
-        ("GroupQueryAttention", "com.microsoft"),
-    )
+    return (node.op_type, node.domain) in _ATTENTION
 
 
 def _input(node: "ir.Node", slot: int) -> "ir.Value | None":
@@ -84,7 +88,8 @@ def _caches_of(node: "ir.Node") -> "list[ir.Value | None]":
 
     caches: list[ir.Value | None] = []
     for part in (0, 1):
-        new, past = _input(node, 1 + part), _input(node, _PAST_SLOT[node.op_type] + part)
+        new, slot = _input(node, 1 + part), _PAST_SLOT.get(node.op_type)
+        past = None if slot is None else _input(node, slot + part)
         if past is None:  # 1
             caches.append(new)
         elif past.is_graph_input():  # 2
@@ -123,9 +128,9 @@ def _cache_input(present: "ir.Value | None") -> "ir.Value | None":
     index = None if present is None else present.index()
     if node is None or index is None:
         return None
-    if node.op_type == "TensorScatter":
+    if node.op_type in _WRITERS:
         return node.inputs[0]
-    if _is_attention(node) and index in (1, 2):
+    if node.op_type in _PAST_SLOT and index in (1, 2):
         return _input(node, _PAST_SLOT[node.op_type] + index - 1)
     return None
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from cla_export.compare.cases import far_case, make_cases
+from cla_export.compare.cases import far_case, make_cases, shape_of
 from cla_export.compare.files import write_report
 from cla_export.compare.metrics import LogitMetrics
 from cla_export.compare.report import (
@@ -32,8 +32,10 @@ from cla_export.views.page import to_html
 LAYOUT = KVLayout.create([0, 0, 2, 2, 4], 2, 64, [None, None, 96, 96, None])
 HOSTILE = "/ci/\"><script src=https://evil.example/x.js></script><img src=x onerror='boom()'>&amp;"
 SEED = 7
-CASES = [case.name for case in make_cases(160, [0], SEED)]
-FAR = far_case(2048, [0]).name
+NEAR = make_cases(160, [0], SEED)
+CASES = [case.name for case in NEAR]
+FAR_CASE = far_case(2048, [0])
+FAR = FAR_CASE.name
 SLOT_REUSE = 31  # positions of a short case
 FEWER = {("batched-prefill", "logits"): 27, ("prefix-reuse", "logits"): 31}  # positions compared
 CALLS = ["prefill 0-123", *(f"decode {position}" for position in range(124, 160))]
@@ -97,6 +99,7 @@ def passing():
         seed=SEED,
         length=160,
         kv_layout=LAYOUT.to_json(),
+        cases=[shape_of(case) for case in (*NEAR, FAR_CASE)],
         tensors=tensors,
         greedy=[GreedyResult(i, 64, 64, 0, None, None, True) for i in range(3)],
         perplexity=PerplexityResult("heldout.txt", 1674, 19.8, 19.8001, 1e-5, 1e-2, True, 19.5),
@@ -304,7 +307,7 @@ def test_cells_name_rows_and_positions():
     page = Page(to_html(report, LAYOUT))
     titles = [title for title in page.titles if " of the tolerance (error " in title]
     assert len(titles) == cells(report)
-    *_, ragged, batched, _, prefix = make_cases(160, [0], SEED)
+    *_, ragged, batched, _, prefix = NEAR
     assert ragged.feed["prompts"].tolist() == [17, 124, 53, 100]
 
     at, named = 0, {}
@@ -324,16 +327,18 @@ def test_cells_name_rows_and_positions():
     assert "logits: 27 positions compared." in page.words
     assert prefix.feed["logits_from"].tolist() == [68]
     assert places(prefix.name, "logits")[0] == "row 0, position 68"
-    assert places(FAR)[0] == "row 0, position 2040"
-    assert places(FAR, "logits")[-1] == "row 0, position 2047"
+    assert FAR_CASE.held[0] == 124
+    assert places(FAR)[0].startswith("row 0, position 124 to ")
+    last = len(FAR_CASE.held) - 1
+    assert places(FAR, "logits")[-1].endswith(f"row {last}, position 2047")
 
 
 def test_prints_no_position_that_it_does_not_know():
     report = passing()
-    report.tensors[-1] = replace(report.tensors[-1], position=2046)  # where the others say 2047
+    report.cases = [case for case in report.cases if case.name != FAR]
     page = Page(to_html(report, LAYOUT))
     assert "stretch 8 of 8" in page.words
-    assert "position 2040" not in page.words
+    assert f"row {len(FAR_CASE.held) - 1}, position" not in page.words
 
 
 def test_hostile_names_stay_text():

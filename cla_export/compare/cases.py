@@ -8,7 +8,8 @@ A case is a polygraphy feed dict, the same for every runner:
     chunk        int64 []      tokens per prefill call; 0: all rows' prompts in one padded call
     first_slot   int64 []      rows take this slot and the ones after it
     reused       int64 []      tokens of the prompt whose keys and values an earlier request left
-    held         int64 []      made-up tokens that a slot's caches hold before the row's first one
+    held         int64 [B]     made-up tokens that a slot's caches hold before the row's first one;
+                               rows that have some take their turns in one slot
     logits_from  int64 [B]     first position whose logits are compared, and asked for
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cla_export.compare.report import CaseShape
 from cla_export.layout import KVLayout
 
 Feed = dict[str, NDArray[np.int64]]
@@ -25,7 +27,9 @@ SLOTS = 4
 DECODE_STEPS = 36
 _LENGTH = 160  # tokens; longer where a sliding window asks for it
 _LONGEST = 640
-_LAST = 8  # positions at the end of the context
+_FAR = 8  # tokens of each row behind made-up ones
+_NEAR = 7  # power of two: what other cases reach anyway
+_SPREAD = 8  # such rows evenly over the context, beside those at powers of two
 _FAR_BYTES = 2**28  # of caches, at most, for reaching them
 INPUTS = (
     "tokens",
@@ -48,13 +52,24 @@ class Case:
     feed: Feed
 
     @property
-    def held(self) -> int:
-        return int(self.feed["held"])
+    def held(self) -> list[int]:
+        """Of each row."""
+        return [int(count) for count in self.feed["held"]]
+
+    @property
+    def is_far(self) -> bool:
+        """Whether rows begin behind made-up tokens, and take their turns in one slot."""
+        return any(self.held)
+
+    @property
+    def calls_a_row(self) -> int:
+        """Calls that one row of a far case takes: a prompt, then its steps."""
+        return 1 + int(self.feed["steps"])
 
     @property
     def positions(self) -> int:
         """Places that the longest row takes."""
-        return self.held + int(self.feed["prompts"].max() + self.feed["steps"])
+        return int((self.feed["held"] + self.feed["prompts"] + self.feed["steps"]).max())
 
 
 def case_length(layout: KVLayout, max_positions: int) -> int:
@@ -116,12 +131,31 @@ def make_cases(length: int, stream: Sequence[int], seed: int) -> list[Case]:
 
 
 def far_case(positions: int, stream: Sequence[int]) -> Case:
-    """The last positions of a slot with so many places, behind made-up keys and values."""
-    last = min(_LAST, max(2, positions // 2))
-    steps = last // 2
-    row = np.resize(np.asarray(stream, np.int64), last)
-    feed = _feed([row], [last - steps], steps, held=positions - last)
-    return Case("last-positions", "the end of the context, behind made-up keys and values", feed)
+    """Rows of a few tokens all over a context, around powers of two and up to its last place."""
+    length = min(_FAR, max(2, positions // 2))
+    steps = length // 2
+    ends = {positions - positions * part // _SPREAD for part in range(_SPREAD)}
+    ends |= {2**power + steps for power in range(_NEAR, positions.bit_length())}
+    held = sorted(end - length for end in ends if length < end <= positions) or [0]
+    tokens = np.resize(np.asarray(stream, np.int64), length * len(held))
+    rows = [tokens[i * length : (i + 1) * length] for i in range(len(held))]
+    feed = _feed(rows, [length - steps] * len(held), steps, held=held)
+    return Case("far-positions", "all over the context, behind made-up keys and values", feed)
+
+
+def token_case(length: int, vocab_size: int, special: Sequence[int]) -> Case:
+    """Token ids that no text may have: special ones, ends of integer ranges, others in between.
+
+    A vocabulary that fits into one row is all there.
+    """
+    edges = [2**power + near for power in range(6, 32) for near in (-1, 0)]
+    wanted = dict.fromkeys([*special, 0, 1, vocab_size - 1, vocab_size - 2, *edges])
+    known = [token for token in wanted if 0 <= token < vocab_size][:length]
+    others = np.linspace(0, vocab_size - 1, min(length, vocab_size)).round().astype(int).tolist()
+    row = [*known, *(token for token in others if token not in wanted)][:length]
+    steps = min(DECODE_STEPS, len(row) // 2)
+    feed = _feed([np.array(row[::-1], np.int64)], [len(row) - steps], steps)
+    return Case("rare-tokens", "special tokens, and ids from all over the vocabulary", feed)
 
 
 def _reusing(row: NDArray[np.int64], prompt: int, steps: int) -> Feed:
@@ -139,7 +173,7 @@ def _feed(
     chunk: int | None = None,
     first_slot: int = 0,
     reused: int = 0,
-    held: int = 0,
+    held: Sequence[int] = (),
 ) -> Feed:
     tokens = np.zeros((len(rows), max(prompts) + steps), np.int64)
     for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
@@ -152,9 +186,15 @@ def _feed(
         "chunk": np.array(max(prompts) if chunk is None else chunk, np.int64),
         "first_slot": np.array(first_slot, np.int64),
         "reused": np.array(reused, np.int64),
-        "held": np.array(held, np.int64),
+        "held": np.array(held or [0] * len(rows), np.int64),
         "logits_from": np.array([p - 1 if together else 0 for p in prompts], np.int64),
     }
+
+
+def shape_of(case: Case) -> CaseShape:
+    """What a report says of a case."""
+    tokens = (case.feed["prompts"] + case.feed["steps"]).tolist()
+    return CaseShape(case.name, case.about, case.held, tokens, case.feed["logits_from"].tolist())
 
 
 def rows_of(feed: Feed) -> list[NDArray[np.int64]]:

@@ -33,7 +33,7 @@ from cla_export.compare.probe import Key, torch_tensors
 from cla_export.compare.reference import GroupKV, Reference
 from cla_export.compare.replay import describe, episodes_of
 from cla_export.compare.report import DebugFiles, ParityReport
-from cla_export.compare.runners import tiled
+from cla_export.compare.runners import held_before
 from cla_export.compare.thresholds import Threshold
 from cla_export.errors import BadInput
 from cla_export.rewrite.keep_last_logits import KEEP
@@ -69,12 +69,12 @@ def call_of_interest(report: ParityReport, case: Case, calls: list[Call]) -> int
     failed = [r for r in report.tensors if r.case == case.name and not r.passed]
     if not failed:
         return len(calls) - 1
-    slot = failed[0].row + int(case.feed["first_slot"])
     covering = [
         number
-        for number, call in enumerate(calls)
-        for row, (start, tokens) in enumerate(zip(call.starts, call.tokens, strict=True))
-        if call.first_slot + row == slot and start <= failed[0].position < start + len(tokens)
+        for number, episodes in enumerate(episodes_of(calls, case))
+        for index, episode in enumerate(episodes)
+        if episode.row == failed[0].row
+        and 0 <= failed[0].position - calls[number].starts[index] < len(calls[number].tokens[index])
     ]
     return covering[-1] if covering else len(calls) - 1
 
@@ -99,11 +99,11 @@ def write_call(
     expected = {name: array.copy() for name, array in got.items()}
     tolerances = {name: limits[name.replace("present", "cache")] for name in recorded.presents}
     tolerances["logits"] = limits["logits"]
-    before = tiled(held, case.held)
     call = executor.calls[number]
-    for row, episode in enumerate(episodes_of(executor.calls, case.held)[number]):
+    for row, episode in enumerate(episodes_of(executor.calls, case)[number]):
+        before = held_before(held, episode.held, bundle.layout)
         tokens = np.array(episode.tokens, np.int64)
-        start = call.starts[row] - case.held
+        start = call.starts[row] - episode.held
         span = slice(start, start + len(call.tokens[row]))
         exact, native = (torch_tensors(s, tokens, {}, before) for s in (sides.exact, sides.native))
         for key, name in names.items():
@@ -118,7 +118,7 @@ def write_call(
             for part, values in zip(("key", "value"), pair, strict=True):
                 cache = expected[f"present.{group}.{part}"][row]  # [Hkv, C, D]
                 whole = values[: span.stop].transpose(1, 0, 2)
-                cache[:, case.held : case.held + span.stop] = whole
+                cache[:, episode.held : episode.held + span.stop] = whole
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         save_json([recorded.inputs], str(folder / "inputs.json"))
         for name, runner, outputs in (("expected", "pytorch", expected), ("got", "bundle", got)):

@@ -22,13 +22,23 @@ from cla_export.compare.cases import (
     far_case,
     far_positions,
     make_cases,
+    shape_of,
+    token_case,
 )
 from cla_export.compare.debug import call_of_interest, check_debug_dir, write_call
 from cla_export.compare.greedy import compare_greedy
+from cla_export.compare.marks import Call, MarkedExecutor
 from cla_export.compare.perplexity import compare_perplexity, perplexity
 from cla_export.compare.reading import read_bundle, use_quantized
 from cla_export.compare.reference import GroupKV, Reference
-from cla_export.compare.replay import differences, first_divergence, layer_map, run_marked
+from cla_export.compare.replay import (
+    Difference,
+    differences,
+    first_divergence,
+    layer_map,
+    open_marked,
+    run_marked,
+)
 from cla_export.compare.report import ParityReport, TensorResult
 from cla_export.compare.results import tensor_result
 from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
@@ -42,6 +52,7 @@ from cla_export.models.cla import ClaDecoder
 
 _TOOLS = ("torch", "onnxruntime", "onnx", "polygraphy", "numpy")
 _HELD = 64  # tokens whose keys and values stand in for a long context's, over and over
+_ONE_THREAD = 2**24  # parameters
 _SHOWN = 1  # "decode": the case whose layers are shown where nothing fails
 
 
@@ -112,12 +123,13 @@ def compare_bundle(
         progress("read the text without quantisation", 0, 1)
         plain = Reference.of(model, None, None).exact
         unquantized = perplexity(plain.logits, stream, report.length)
-    sides = _sides(bundle, checkpoint, model, report)
-    held = _made_up(sides, np.resize(np.asarray(stream, np.int64), _HELD), bundle.dtype)
-    run = _Run(bundle, sides, threshold, held, engine, threads, report, progress)
-    run.compare(stream)
-    run.generate(stream, unquantized)
-    run.look_inside(stream, debug_dir)
+    with _torch_threads(model):
+        sides = _sides(bundle, checkpoint, model, report)
+        held = _made_up(sides, np.resize(np.asarray(stream, np.int64), _HELD), bundle.dtype)
+        run = _Run(bundle, sides, threshold, held, engine, threads, report, progress)
+        run.compare(stream)
+        run.generate(stream, unquantized)
+        run.look_inside(stream, debug_dir)
     if stored is not None and baseline is not None:
         report.baseline = str(baseline)
         report.regressions += regressions(report, stored, baseline)
@@ -145,9 +157,10 @@ class _Run:
 
     def compare(self, stream: Sequence[int]) -> None:
         """All cases, on both sides."""
-        far, *cases = self._cases(stream)
+        near, far = self._cases(stream)
         self.report.notes += _unreached(self.bundle, far)
-        for group in (cases, [far]):
+        self.report.cases += [shape_of(case) for case in (*near, far)]
+        for group in (near, [far]):
             with self._faults():
                 executor = self._open(group[0])
                 for index, case in enumerate(group):
@@ -159,8 +172,7 @@ class _Run:
         """Greedy generation, and perplexity."""
         exact, report = self.sides.exact, self.report
         with self._faults():
-            case = self._cases(stream)[1]
-            executor = self._open(case)
+            executor = self._open(self._cases(stream)[0][0])
             self.progress("generate", 0, 1)
             logits = [r.tolerance for r in report.tensors if r.output == "logits"]
             report.greedy += compare_greedy(exact, executor, stream, 2 * max(logits, default=0.0))
@@ -169,46 +181,63 @@ class _Run:
             report.perplexity = replace(score, unquantized=unquantized)
 
     def look_inside(self, stream: Sequence[int], debug_dir: Path | None) -> None:
-        """Replay the first case that fails, or one that does not, with every layer in view."""
-        report, layout = self.report, self.bundle.layout
-        with self._faults():
-            far, *cases = self._cases(stream)
-            failed = {result.case for result in report.tensors if not result.passed}
-            case = next((case for case in (*cases, far) if case.name in failed), cases[_SHOWN])
-            self.progress(f"layers of case {case.name}", 0, 1)
-            where = (self.bundle, case, self.held, self._capacity(case), self.engine)
-            calls = run_marked(*where).calls
-            found = list(differences(calls, layout, self.sides, self.threshold, case, self.held))
-            report.layer_map = layer_map(found, calls, case)
-            report.divergence = first_divergence(found, layout, case)
-            if not report.passed and debug_dir is not None:
-                again = run_marked(*where, record=call_of_interest(report, case, calls))
-                report.debug = write_call(
-                    debug_dir,
-                    self.bundle,
-                    again,
-                    self.sides,
-                    self.threshold,
-                    case,
-                    self.held,
-                    {r.output: r.tolerance for r in report.tensors if r.case == case.name},
-                )
+        """Replay every case with every layer in view; report the first that fails, or one."""
+        report = self.report
+        failed = {result.case for result in report.tensors if not result.passed}
+        near, far = self._cases(stream)
+        wrong: Case | None = None
+        for group in (near, [far]):
+            with self._faults():
+                executor = open_marked(self.bundle, group[0], self._capacity(group[0]), self.engine)
+                for index, case in enumerate(group):
+                    self.progress(f"layers of case {case.name}", index, len(group))
+                    found, calls = self._steps(executor, case)
+                    divergence = first_divergence(found, self.bundle.layout, case)
+                    bad = divergence is not None or case.name in failed
+                    if wrong is None and (bad or case is near[_SHOWN]):
+                        report.layer_map = layer_map(found, calls, case)
+                    if bad and report.divergence is None:
+                        report.divergence, wrong = divergence, wrong or case
+                    if report.divergence is not None:
+                        break
+        if wrong is not None and debug_dir is not None:
+            with self._faults():
+                self._leave(debug_dir, wrong)
 
-    def _cases(self, stream: Sequence[int]) -> list[Case]:
-        """The case at the end of the context, then all others."""
+    def _steps(self, executor: MarkedExecutor, case: Case) -> tuple[list[Difference], list[Call]]:
+        calls = run_marked(executor, case, self.held)
+        layout, sides, threshold = self.bundle.layout, self.sides, self.threshold
+        return list(differences(calls, layout, sides, threshold, case, self.held)), calls
+
+    def _leave(self, folder: Path, case: Case) -> None:
+        """Write the call that went wrong to a folder."""
+        bundle, report = self.bundle, self.report
+        where = (bundle, case, self._capacity(case), self.engine)
+        calls = run_marked(open_marked(*where), case, self.held)
+        executor = open_marked(*where, record=call_of_interest(report, case, calls))
+        run_marked(executor, case, self.held)
+        limits = {r.output: r.tolerance for r in report.tensors if r.case == case.name}
+        report.debug = write_call(
+            folder, bundle, executor, self.sides, self.threshold, case, self.held, limits
+        )
+
+    def _cases(self, stream: Sequence[int]) -> tuple[list[Case], Case]:
+        """Cases that share an executor, and the one that reaches far."""
         bundle, report = self.bundle, self.report
         reach = far_positions(bundle.layout, bundle.dtype, bundle.max_positions)
-        return [far_case(reach, stream), *make_cases(report.length, stream, report.seed)]
+        near = make_cases(report.length, stream, report.seed)
+        near.append(token_case(report.length, bundle.vocab_size, bundle.special_tokens()))
+        return near, far_case(reach, stream)
 
     def _capacity(self, case: Case) -> int:
         """Slots as long as rows: filled to the last place by some, with room behind others."""
-        return case.positions if case.held else self.report.length
+        return case.positions if case.is_far else self.report.length
 
     def _open(self, case: Case) -> Executor:
         executor = self.engine(
             self.bundle,
             capacity=self._capacity(case),
-            slots=1 if case.held else SLOTS,
+            slots=1 if case.is_far else SLOTS,
             threads=self.threads,
         )
         fill_with_garbage(executor)
@@ -254,6 +283,18 @@ def _sides(
         rounded = load_model(checkpoint, getattr(torch, bundle.dtype))
         use_quantized(rounded, reading)
     return Reference.of(model, rounded, bundle.quantization)
+
+
+@contextmanager
+def _torch_threads(model: ClaDecoder) -> Iterator[None]:
+    """One thread for a model so small that several only wait for each other, on a busy machine."""
+    before = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in model.parameters()) < _ONE_THREAD:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _checkpoint(bundle: Bundle, folder: Path) -> Checkpoint:

@@ -2,7 +2,8 @@
 
 1. Its sharing. Executors bind past and present to one buffer, so a layer that reads a cache from
    before this call's write computes the right thing there, and another thing elsewhere.
-2. Its weights and RoPE tables. No text has every token of a large vocabulary, nor every position.
+2. Its norms' epsilon and precision, which a low precision of the rest can drown.
+3. Its weights and RoPE tables. No text has every token of a large vocabulary, nor every position.
    What is not quantised is compared exactly; what is, with the most that rounding can be off.
 """
 
@@ -37,10 +38,12 @@ def read_bundle(bundle: Bundle, model: ClaDecoder) -> Reading:
     """Read a bundle's graph beside the float32 model that it was exported from."""
     reading = Reading(_sharing(bundle))
     try:
-        initializers = ir.load(bundle.graph).graph.initializers
+        graph = ir.load(bundle.graph).graph
     except Exception as error:  # protobuf's and onnx_ir's own
         reading.faults.append(f"{bundle.graph.name} cannot be read: {error}")
         return reading
+    reading.faults += _norms(graph, model.spec.norm_eps)
+    initializers = graph.initializers
     expected = {name: t.detach() for name, t in (*_named(model), *model.named_buffers())}
     for name, value in initializers.items():
         if name.endswith(PACKED):
@@ -75,6 +78,18 @@ def _sharing(bundle: Bundle) -> list[str]:
     if found == bundle.layout:
         return []
     return [f"the graph shares KV as {found.describe()}; expected {bundle.layout.describe()}"]
+
+
+def _norms(graph: ir.Graph, epsilon: float) -> list[str]:
+    faults = []
+    for node in graph:
+        if node.op_type == "RMSNormalization":
+            got = node.attributes.get_float("epsilon", 1e-5)
+            if not np.isclose(got, epsilon, rtol=1e-6, atol=0):
+                faults.append(f"{node.name}: epsilon is {got:g}; expected {epsilon:g}")
+            if node.attributes.get_int("stash_type", 1) != 1:
+                faults.append(f"{node.name}: its statistics are not in float32")
+    return faults
 
 
 def _read_exact(name: str, got: NDArray[np.generic], tensor: torch.Tensor, into: Reading) -> None:

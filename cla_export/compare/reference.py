@@ -4,12 +4,14 @@
     native   in the bundle's own arithmetic: its dtype, its rounding of activations
 
 The exact side judges a bundle; the native side's distance from it is the yardstick (thresholds.py).
-A model is in memory once in float32, and once more in the bundle's dtype where that is another:
-weights are widened to float64 one module at a time, while that module runs.
+A model is in memory once in float32, and once more in the bundle's dtype where that is another. A
+small one is there in float64 too; of a large one, weights are widened one module at a time, while
+that module runs.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from cla_export.models.cla import KV, ClaDecoder, KVCache
 from cla_export.quantization import Quantization
 
+_SMALL = 2**30  # bytes in float64
 Exact = NDArray[np.float64]
 GroupKV = list[tuple[NDArray[np.floating], NDArray[np.floating]]]  # keys, values: [T, Hkv, D] each
 
@@ -73,7 +76,11 @@ class Reference:
                 return nullcontext()
             return _rounded_activations(module, quantization)
 
-        return cls(Side(model, _in_float64), Side(rounded or model, rounding))
+        size = 8 * sum(parameter.numel() for parameter in model.parameters())
+        exact = Side(model, _in_float64)
+        if size <= _SMALL:
+            exact = Side(deepcopy(model).double(), lambda _: nullcontext())
+        return cls(exact, Side(rounded or model, rounding))
 
 
 @contextmanager

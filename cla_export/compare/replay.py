@@ -18,7 +18,7 @@ from cla_export.compare.marks import Call, MarkedExecutor, marked
 from cla_export.compare.probe import CACHES, Key, Tensors, torch_tensors
 from cla_export.compare.reference import GroupKV, Reference
 from cla_export.compare.report import ROLES, Divergence, LayerErrors, LayerMap
-from cla_export.compare.runners import ExecutorRunner, fill_with_garbage, tiled
+from cla_export.compare.runners import ExecutorRunner, fill_with_garbage, held_before
 from cla_export.compare.thresholds import Threshold
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.layout import KVLayout
@@ -59,6 +59,8 @@ class Episode:
     """What one slot went through from an empty one, or from a prefix, on: a sequence of tokens."""
 
     tokens: list[int]
+    row: int  # of the case
+    held: int  # made-up tokens before
     made: dict[Key, list[NDArray[np.float32]]] = field(default_factory=dict)  # by the bundle
     expected: Tensors = field(default_factory=dict)
     native: Tensors = field(default_factory=dict)
@@ -66,7 +68,7 @@ class Episode:
     def cut(self, length: int) -> "Episode":
         """An episode that begins with the first tokens of this one."""
         made = {key: [whole[:length]] for key, whole in self.whole().items()} if length else {}
-        return Episode(self.tokens[:length], made)
+        return Episode(self.tokens[:length], self.row, self.held, made)
 
     def whole(self) -> dict[Key, NDArray[np.float32]]:
         """What the bundle made of all the tokens, [S, width]."""
@@ -85,20 +87,25 @@ class Episode:
                 self.expected[layer, cache] = self.native[layer, cache] = exact
 
 
-def run_marked(
+def open_marked(
     bundle: Bundle,
     case: Case,
-    held: GroupKV,
     capacity: int,
     engine: type[OnnxRuntimeExecutor] = OnnxRuntimeExecutor,
     record: int | None = None,
 ) -> MarkedExecutor:
-    """Run a case; the executor's `calls` then hold what each layer made in each of them."""
-    slots = 1 if case.held else SLOTS
+    """An executor over the marked graph for cases like this one, full of garbage."""
+    slots = 1 if case.is_far else SLOTS
     executor = marked(engine)(bundle, capacity=capacity, slots=slots, record=record)
     fill_with_garbage(executor)
-    ExecutorRunner(executor, held).run_case(case.feed)
     return executor
+
+
+def run_marked(executor: MarkedExecutor, case: Case, held: GroupKV) -> list[Call]:
+    """Run a case: what each layer made in each of its calls."""
+    executor.calls = []
+    ExecutorRunner(executor, held).run_case(case.feed)
+    return executor.calls
 
 
 def differences(
@@ -110,53 +117,51 @@ def differences(
     held: GroupKV,
 ) -> Iterator[Difference]:
     """Every comparison, in the order that values are computed."""
-    first_slot = int(case.feed["first_slot"])
-    before = tiled(held, case.held)
-    for number, (call, episodes) in enumerate(
-        zip(calls, episodes_of(calls, case.held), strict=True)
-    ):
+    for number, (call, episodes) in enumerate(zip(calls, episodes_of(calls, case), strict=True)):
         for episode in episodes:
             if not episode.expected:
-                episode.compute(reference, before)
+                episode.compute(reference, held_before(held, episode.held, layout))
         for layer, role in product(range(layout.num_layers), ROLES):
             for index, episode in enumerate(episodes):
-                got = _got(call, index, layer, role, layout, case.held)
+                got = _got(call, index, layer, role, layout, episode.held)
                 if got is None or (layer, role) not in episode.expected:
                     continue
                 whole, native = episode.expected[layer, role], episode.native[layer, role]
-                start = 0 if role in CACHES.values() else call.starts[index] - case.held
-                expected = whole[start : start + len(got)]
+                start = 0 if role in CACHES.values() else call.starts[index] - episode.held
+                expected, keys = whole[start : start + len(got)], episode.held + len(whole)
                 error = np.abs(got - expected)
                 error[~np.isfinite(error)] = np.inf
                 yield Difference(
                     call=number,
-                    row=call.first_slot + index - first_slot,
+                    row=episode.row,
                     layer=layer,
                     role=role,
-                    start=case.held + start,
+                    start=episode.held + start,
                     got=got,
                     expected=expected,
                     error=error,
-                    tolerance=threshold.of(whole, native),
+                    tolerance=threshold.of(whole, native, keys if role == "attention" else 0),
                     mean_tolerance=threshold.mean_of(whole, native),
                 )
 
 
-def episodes_of(calls: list[Call], held: int) -> list[list[Episode]]:
+def episodes_of(calls: list[Call], case: Case) -> list[list[Episode]]:
     """For each call, each row's episode, complete to the end of the case."""
-    current: dict[int, Episode] = {}
+    current: dict[int, Episode] = {}  # by slot, or by row where rows share a slot
     found = []
-    for call in calls:
+    for number, call in enumerate(calls):
         row_episodes = []
-        for row, (start, tokens) in enumerate(zip(call.starts, call.tokens, strict=True)):
-            slot = call.first_slot + row
-            old = current.get(slot, Episode([]))
+        for index, (start, tokens) in enumerate(zip(call.starts, call.tokens, strict=True)):
+            row = number // case.calls_a_row if case.is_far else call.first_slot + index
+            row -= 0 if case.is_far else int(case.feed["first_slot"])
+            held = case.held[row]
+            old = current.get(row, Episode([], row, held))
             kept = min(max(start - held, 0), len(old.tokens))
-            if slot not in current or kept < len(old.tokens):
-                current[slot] = old.cut(kept)
-            episode = current[slot]
+            if row not in current or kept < len(old.tokens):
+                current[row] = old.cut(kept)
+            episode = current[row]
             episode.tokens.extend(tokens)
-            for key, value in call.rows[row].items():
+            for key, value in call.rows[index].items():
                 episode.made.setdefault(key, []).append(value)
             row_episodes.append(episode)
         found.append(row_episodes)

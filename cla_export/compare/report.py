@@ -49,6 +49,17 @@ class TensorResult:
 
 
 @dataclass(frozen=True, slots=True)
+class CaseShape:
+    """What one case ran: for each row, where in its slot it begins and how many tokens it has."""
+
+    name: str
+    about: str
+    starts: list[int]
+    tokens: list[int]
+    logits_from: list[int]  # the first token of the row whose logits are compared
+
+
+@dataclass(frozen=True, slots=True)
 class GreedyResult:
     """Free-running greedy generation from one prompt."""
 
@@ -143,6 +154,7 @@ class ParityReport:
     seed: int
     length: int
     kv_layout: dict[str, list[int] | list[int | None]]  # of the bundle, as KVLayout.to_json
+    cases: list[CaseShape] = field(default_factory=list)
     tensors: list[TensorResult] = field(default_factory=list)
     greedy: list[GreedyResult] = field(default_factory=list)
     perplexity: PerplexityResult | None = None

@@ -55,4 +55,4 @@ def _place(case: Case, name: str, index: int) -> tuple[int, int]:
     ends = np.cumsum(case.feed["prompts"] + case.feed["steps"] - starts)
     row = int(np.searchsorted(ends, index, side="right"))
     before = int(ends[row - 1]) if row else 0
-    return row, case.held + index - before + int(starts[row])
+    return row, case.held[row] + index - before + int(starts[row])

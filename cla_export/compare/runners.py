@@ -21,7 +21,10 @@ from polygraphy.common import TensorMetadata
 from cla_export.compare.cases import INPUTS, Feed, earlier_request, rows_of
 from cla_export.compare.reference import GroupKV, Side
 from cla_export.engines.executor import Executor
+from cla_export.layout import KVLayout
 
+_LOUD = 16.0  # times as large; a power of two rounds nothing
+_EDGE = 8  # places, as many as a row has tokens
 Outputs = OrderedDict[str, NDArray[np.floating]]
 
 
@@ -35,7 +38,8 @@ class _CaseRunner(BaseRunner, ABC):  # type: ignore[misc]  # polygraphy ships no
     def get_input_metadata_impl(self) -> TensorMetadata:
         metadata = TensorMetadata()
         for name in INPUTS:
-            shape = {"tokens": ["B", "T"], "prompts": ["B"], "logits_from": ["B"]}.get(name, [])
+            rows = name in ("prompts", "held", "logits_from")
+            shape = ["B", "T"] if name == "tokens" else ["B"] if rows else []
             metadata.add(name, np.int64, shape)
         return metadata
 
@@ -58,9 +62,10 @@ class TorchRunner(_CaseRunner):
         self._side = side
 
     def run_case(self, feed: Feed) -> Outputs:
-        held = tiled(self._held, int(feed["held"]))
+        layout = self._side.model.spec.layout
         logits, caches = [], []
-        for tokens, first in zip(rows_of(feed), feed["logits_from"], strict=True):
+        for row, (tokens, first) in enumerate(zip(rows_of(feed), feed["logits_from"], strict=True)):
+            held = held_before(self._held, int(feed["held"][row]), layout)
             row_logits, groups = self._side.forward(tokens, held)
             logits.append(row_logits[int(first) :])
             caches.append([part for pair in groups for part in pair])
@@ -75,14 +80,14 @@ class ExecutorRunner(_CaseRunner):
         self._executor = executor
 
     def run_case(self, feed: Feed) -> Outputs:
+        if feed["held"].any():
+            return self._run_far(feed)
         executor, rows = self._executor, rows_of(feed)
         prompts, first_slot = feed["prompts"].tolist(), int(feed["first_slot"])
         slots = range(first_slot, first_slot + len(rows))
-        held, reused, chunk = int(feed["held"]), int(feed["reused"]), int(feed["chunk"])
+        reused, chunk = int(feed["reused"]), int(feed["chunk"])
         asked = feed["logits_from"].tolist()
         logits: list[list[NDArray[np.float32]]] = [[] for _ in rows]
-        if held:
-            fill_with(executor, first_slot, tiled(self._held, held))
         if (earlier := earlier_request(feed)) is not None:
             executor.prefill(first_slot, earlier.tolist(), 0)
         if chunk:
@@ -90,22 +95,35 @@ class ExecutorRunner(_CaseRunner):
                 for start in range(reused, prompts[index], chunk):
                     piece = rows[index][start : min(start + chunk, prompts[index])].tolist()
                     keep = start + len(piece) - max(start, asked[index])
-                    made = executor.prefill(slots[index], piece, held + start, keep=max(1, keep))
+                    made = executor.prefill(slots[index], piece, start, keep=max(1, keep))
                     logits[index] += [made] if keep > 0 else []
         else:
             prompted = [row[:n].tolist() for row, n in zip(rows, prompts, strict=True)]
             for index, made in enumerate(executor.prefill_rows(first_slot, prompted)):
                 logits[index].append(made[None])
         for step in range(int(feed["steps"])):
-            lengths = [held + prompt + step for prompt in prompts]
-            tokens = [int(row[prompt + step]) for row, prompt in zip(rows, prompts, strict=True)]
+            lengths = [prompt + step for prompt in prompts]
+            tokens = [int(row[n]) for row, n in zip(rows, lengths, strict=True)]
             for index, row_logits in enumerate(executor.decode(slots, tokens, lengths)):
                 logits[index].append(row_logits[None])
         caches = [
-            cache_rows(executor, slot, held, held + len(row))
-            for slot, row in zip(slots, rows, strict=True)
+            cache_rows(executor, slot, 0, len(row)) for slot, row in zip(slots, rows, strict=True)
         ]
         return _outputs([np.concatenate(parts) for parts in logits], caches)
+
+    def _run_far(self, feed: Feed) -> Outputs:
+        """Rows in turn, each in the same slot behind made-up tokens."""
+        executor = self._executor
+        logits, caches = [], []
+        for row, tokens in enumerate(rows_of(feed)):
+            held, prompt = int(feed["held"][row]), int(feed["prompts"][row])
+            fill_with(executor, 0, held_before(self._held, held, executor.layout))
+            made = [executor.prefill(0, tokens[:prompt].tolist(), held, keep=prompt)]
+            for at, token in enumerate(tokens[prompt:].tolist(), held + prompt):
+                made.append(executor.decode([0], [token], [at]))
+            logits.append(np.concatenate(made))
+            caches.append(cache_rows(executor, 0, held, held + len(tokens)))
+        return _outputs(logits, caches)
 
 
 def _order(rows: int) -> list[int]:
@@ -138,15 +156,31 @@ def cache_rows(executor: Executor, slot: int, start: int, end: int) -> list[NDAr
     ]
 
 
-def tiled(kv: GroupKV, length: int) -> GroupKV | None:
-    """Keys and values repeated to a length; None for no tokens at all."""
+def held_before(kv: GroupKV, length: int, layout: KVLayout) -> GroupKV | None:
+    """What fills each group's caches in front of a row; None for no tokens at all.
+
+    The same keys and values over and over, and louder values where an error by one place would
+    show: at place 0, and where a window begins for one of the row's tokens. What no window reaches
+    is garbage.
+    """
     if not length:
         return None
-    return [(_repeat(key, length), _repeat(value, length)) for key, value in kv]
+    return [
+        (_repeat(key, length, 0, None), _repeat(value, length, _LOUD, group.window))
+        for (key, value), group in zip(kv, layout.groups, strict=True)
+    ]
 
 
-def _repeat(part: NDArray[np.floating], length: int) -> NDArray[np.floating]:
-    return np.resize(part, (length, *part.shape[1:]))
+def _repeat(
+    part: NDArray[np.floating], length: int, loud: float, window: int | None
+) -> NDArray[np.floating]:
+    whole = np.resize(part, (length, *part.shape[1:]))
+    if loud:
+        whole[0] *= loud
+        if window is not None and (begin := length + 1 - window) > 0:
+            whole[:begin] = loud * loud
+            whole[begin : begin + _EDGE] *= loud
+    return whole
 
 
 def _outputs(

@@ -11,7 +11,9 @@ for every output, not guessed. An output passes if
 with u the unit roundoff of the dtype. The second terms are the rounding of the result itself,
 which no computation can beat: they matter only where PyTorch happens to be exact. The mean has a
 bound of its own because a maximum over many elements is loose for an error that is small and
-everywhere. Nothing here depends on the size of a model's weights, sums or logits.
+everywhere. Attention alone, looked at by itself, has a third term, 4 * 2^-24 * sqrt(keys) * largest
+magnitude: PyTorch adds up long rows of keys in blocks, and a runtime that adds them one by one is
+right too. Nothing here depends on the size of a model's weights, sums or logits.
 """
 
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Array = NDArray[np.floating]
+_SUM = 4 * 2.0**-24  # of float32, in which all runtimes add up, by the root of how many are added
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +36,15 @@ class Threshold:
     perplexity: float  # relative difference
     reason: str
 
-    def of(self, exact: _Array, native: _Array) -> float:
-        """Allowed absolute error of any element; `native` is PyTorch in the bundle's arithmetic."""
+    def of(self, exact: _Array, native: _Array, keys: int = 0) -> float:
+        """Allowed absolute error of any element; `native` is PyTorch in the bundle's arithmetic.
+
+        `keys` is of attention alone: how many each query may attend to.
+        """
         own = float(np.abs(native - exact).max())
-        return self.largest * own + self.units * self.unit * float(np.abs(exact).max())
+        rounding = self.units * self.unit + _SUM * keys**0.5
+        allowed: float = self.largest * own + rounding * float(np.abs(exact).max())
+        return allowed
 
     def mean_of(self, exact: _Array, native: _Array) -> float:
         """Allowed mean absolute error, likewise."""

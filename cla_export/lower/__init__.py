@@ -17,6 +17,8 @@ from cla_export.layout import KVLayout
 TARGETS: Mapping[str, str] = {
     "onnxruntime": "cla_export.lower.onnxruntime",
     "portable": "cla_export.lower.portable",
+    "tensorrt": "cla_export.lower.tensorrt",
+    "tensorrt-rtx": "cla_export.lower.tensorrt",
 }
 
 
@@ -37,11 +39,14 @@ def check_target(target: str) -> str:
     return target
 
 
-def lower(target: str, canonical: ir.Model, layout: KVLayout) -> Lowered:
-    """Lower a canonical graph to a target; the canonical graph is left as it is."""
+def lower(target: str, canonical: ir.Model, layout: KVLayout, **options: str) -> Lowered:
+    """Lower a canonical graph to a target; the canonical graph is left as it is.
+
+    `options` are the target's own, such as `attention` of TensorRT's.
+    """
     module = import_module(TARGETS[check_target(target)])
     model = canonical.clone()
-    choices: list[tuple[str, str]] = module.lower(model, layout)
+    choices: list[tuple[str, str]] = module.lower(model, layout, **options)
     facts, found, _, _ = read_model(model, target)
     if found != layout or facts.cache_inputs != 2 * layout.num_groups:
         raise AssertionError(f"lowering to {target} changed who shares: {found} from {layout}")

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from cla_export.compare.cases import Case, far_case, make_cases
-from cla_export.compare.report import ParityReport, TensorResult
+from cla_export.compare.report import CaseShape, ParityReport, TensorResult
 from cla_export.views.markup import NOT_FINITE, Html, badge, join, number, ratio_of, tag, times
 
 # Upper ends of the colour classes h1, h2, ... of error over tolerance; h0 is no error at all.
@@ -32,28 +31,8 @@ def by_case(report: ParityReport) -> dict[str, list[TensorResult]]:
     return results
 
 
-def cases_of(report: ParityReport) -> dict[str, Case]:
-    """The report's cases as far as they can be made again, their tokens apart."""
-    cases = {case.name: case for case in make_cases(report.length, [0], report.seed)}
-    for name, results in by_case(report).items():
-        if name not in cases and (far := _far(name, results)) is not None:
-            cases[name] = far
-    return cases
-
-
-def _far(name: str, results: list[TensorResult]) -> Case | None:
-    """The case at a context's end, found from where each output's largest error is.
-
-    Its few positions are a stretch each, so the place in the profile tells where it begins.
-    """
-    profiles = ((result.position, result.profile) for result in results if result.profile)
-    ends = {at - profile.index(max(profile)) + len(profile) for at, profile in profiles}
-    if len(ends) != 1 or (end := ends.pop()) < 2:
-        return None
-    case = far_case(end, [0])
-    count = case.feed["tokens"].size
-    fits = case.name == name and all(len(result.profile) == count for result in results)
-    return case if fits else None
+def cases_of(report: ParityReport) -> dict[str, CaseShape]:
+    return {case.name: case for case in report.cases}
 
 
 def heat(ratio: float) -> str:
@@ -83,17 +62,15 @@ class _Axis:
     stretches: int
 
     @classmethod
-    def of(cls, result: TensorResult, case: Case | None) -> "_Axis":
+    def of(cls, result: TensorResult, case: CaseShape | None) -> "_Axis":
         """Read from the case; one that does not fit is ignored: a stretch counts as a position."""
         stretches = len(result.profile)
         if case is None:
             return cls((), stretches)
-        steps = int(case.feed["steps"])
-        prompts, skipped = case.feed["prompts"].tolist(), case.feed["logits_from"].tolist()
-        if result.output != "logits":
-            skipped = [0] * len(prompts)
-        counts = [prompt + steps - start for prompt, start in zip(prompts, skipped, strict=True)]
-        rows = tuple(zip((case.held + start for start in skipped), counts, strict=True))
+        skipped = case.logits_from if result.output == "logits" else [0] * len(case.tokens)
+        counts = [tokens - first for tokens, first in zip(case.tokens, skipped, strict=True)]
+        firsts = [start + first for start, first in zip(case.starts, skipped, strict=True)]
+        rows = tuple(zip(firsts, counts, strict=True))
         return cls(rows if stretches <= sum(counts) else (), stretches)
 
     @property
@@ -122,7 +99,7 @@ class _Axis:
         raise AssertionError(index)
 
 
-def heat_maps(report: ParityReport, cases: dict[str, Case]) -> str:
+def heat_maps(report: ParityReport, cases: dict[str, CaseShape]) -> str:
     figures = [_heat_map(name, rs, cases.get(name)) for name, rs in by_case(report).items()]
     text = (
         "Each cell is the largest error in a stretch of positions, as a share of what is allowed "
@@ -134,7 +111,7 @@ def heat_maps(report: ParityReport, cases: dict[str, Case]) -> str:
     return join([tag("p", text), legend(), maps]) if figures else ""
 
 
-def _heat_map(name: str, results: list[TensorResult], case: Case | None) -> Html:
+def _heat_map(name: str, results: list[TensorResult], case: CaseShape | None) -> Html:
     lines: list[str] = []
     axes = [_Axis.of(result, case) for result in results]
     longest = max(axes, key=lambda axis: axis.length)

@@ -3,8 +3,7 @@
 import re
 from itertools import groupby
 
-from cla_export.compare.cases import Case
-from cla_export.compare.report import ROLES, LayerErrors, LayerMap, ParityReport
+from cla_export.compare.report import ROLES, CaseShape, LayerErrors, LayerMap, ParityReport
 from cla_export.layout import Group, KVLayout
 from cla_export.views.heat_map import heat, legend, worst_of
 from cla_export.views.markup import Html, join, row, svg, table, tag, times
@@ -94,7 +93,7 @@ def _column(layer: int, cell: int, height: int) -> Html:
 # Error by layer and call
 
 
-def layer_map(report: ParityReport, layout: KVLayout, case: Case | None) -> str:
+def layer_map(report: ParityReport, layout: KVLayout, case: CaseShape | None) -> str:
     """Layers down, calls across; the first divergence's cell is outlined."""
     shown, first = report.layer_map, report.divergence
     if shown is None or not shown.layers or not shown.calls:

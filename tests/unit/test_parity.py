@@ -42,7 +42,7 @@ def test_a_good_bundle_passes(zoo: Zoo, which: str) -> None:
     assert report.passed
     assert report.divergence is None
     cases = {result.case for result in report.tensors}
-    assert len(cases) == 9
+    assert len(cases) == 10
     outputs = {f"cache.{g}.{p}" for g in range(bundle.layout.num_groups) for p in ("key", "value")}
     for case in cases:
         assert {r.output for r in report.tensors if r.case == case} == outputs | {"logits"}
@@ -250,7 +250,7 @@ def test_an_edit_that_changes_nothing_passes(zoo: Zoo, tmp_path: Path) -> None:
 def test_caches_alone_can_fail(zoo: Zoo, tmp_path: Path) -> None:
     """Exchanged groups give the right text; the cache's own comparison shows it."""
     report = gate(mutant(zoo, tmp_path / "bundle", "onnxruntime", exchanged_groups))
-    tensors = [result for result in report.tensors if result.case != "last-positions"]
+    tensors = [result for result in report.tensors if result.case != "far-positions"]
     logits = [result for result in tensors if result.output == "logits"]
     assert all(result.passed for result in logits), "but behind what another group held"
     caches = [result for result in tensors if result.output != "logits"]

@@ -14,6 +14,12 @@ from cla_export.quantization import Quantization
 TOKENS = np.array(tokens_of(20), np.int64)
 
 
+@pytest.fixture(autouse=True, params=["small", "large"])
+def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "large":
+        monkeypatch.setattr("cla_export.compare.reference._SMALL", 0)
+
+
 def reference(model: ClaDecoder, quantization: Quantization | None = None) -> Reference:
     return Reference.of(model, None, quantization)
 

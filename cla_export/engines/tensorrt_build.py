@@ -1,0 +1,317 @@
+"""build: a bundle's graph becomes a TensorRT engine, in a process of its own.
+
+    engines/<compute capabilities or GPU>-<flavour>-<dtype>/
+        model.engine    the engine
+        build.json      what it was built from and with: versions, profiles, sizes, sha256
+
+One engine has two optimisation profiles over the same caches:
+
+    decode    batch 1..slots, one token each
+    prefill   batch 1, 1..chunk tokens
+
+TensorRT's builder can crash on a graph; the process that dies is then not the user's, and the
+message names the last node that was parsed. Flavours: `tensorrt` builds for the GPU of the machine;
+`tensorrt-rtx` builds for given compute capabilities on any machine, without a GPU too.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from cla_export import __version__
+from cla_export.bundle import (
+    BUILD_RECORD as RECORD,
+)
+from cla_export.bundle import (
+    Bundle,
+    Progress,
+    new_folder,
+    sha256,
+    write_json,
+)
+from cla_export.errors import BadInput, BundleError, CheckFailed, MissingEnvironment
+
+FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavour -> Python module
+ENGINE = "model.engine"
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # of TensorRT-RTX 1.7
+_SCHEMA = 1
+_RTX_LIBRARY = "libtensorrt_rtx.so"  # what the parser looks for; the wheel has it with a version
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """What an engine is built for."""
+
+    flavour: str = "tensorrt-rtx"
+    capacity: int = 2048  # tokens a slot holds
+    slots: int = 8
+    chunk: int = 512  # tokens of a prefill call, at most
+    compute_capabilities: tuple[str, ...] = ()  # tensorrt-rtx; none: the GPU here
+    refit: bool = False
+    strip: bool = False  # leave weights out; needs refit
+    weight_streaming: bool = False
+    version_compatible: bool = False
+    timing_cache: str | None = None  # file, read and updated
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A finished engine."""
+
+    folder: Path
+    record: dict[str, Any]
+
+
+def _silent(_what: str, _done: int, _of: int) -> None:
+    pass
+
+
+def build(
+    bundle: Bundle,
+    options: BuildOptions,
+    *,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> Built:
+    """Build an engine from a bundle of a TensorRT target, into the bundle's engines/ folder.
+
+    Raises:
+        BadInput: an option or the bundle does not fit, with what to do.
+        GraphError: the lint refuses the graph (see `lower.tensorrt_lint`).
+        MissingEnvironment: the flavour is not installed, or there is no GPU where one is needed.
+        CheckFailed: the builder refused the graph, or crashed.
+    """
+    _check(bundle, options)
+    graph = _fixed_graph(bundle, options.capacity)
+    label = "+".join(f"sm{cc.replace('.', '')}" for cc in options.compute_capabilities) or "gpu"
+    dest = bundle.folder / "engines" / f"{label}-{options.flavour}-{bundle.dtype}"
+    needed = sum(path.stat().st_size for path in bundle.folder.glob("model.onnx*"))
+    with new_folder(dest, force=force, needed_bytes=needed, manifest=RECORD) as folder:
+        request = {
+            "module": FLAVOURS[options.flavour],
+            "graph": str(bundle.graph),
+            "engine": str(folder / ENGINE),
+            "plugins": b"ClaAttention" in graph,
+            "profiles": profiles(bundle, options),
+            **asdict(options),
+        }
+        found = _run_worker(request, graph, options, progress)
+        record = {
+            "schema": _SCHEMA,
+            "cla_export": __version__,
+            "flavour": options.flavour,
+            "versions": found["versions"],
+            "options": asdict(options),
+            "dtype": bundle.dtype,
+            "profiles": request["profiles"],
+            "engine": {
+                "bytes": (folder / ENGINE).stat().st_size,
+                "sha256": sha256(folder / ENGINE),
+            },
+            "graph_sha256": graph_digest(bundle),
+            "layers": found["layers"],
+            "seconds": found["seconds"],
+            "peak_bytes": found["peak_bytes"],
+        }
+        write_json(folder / RECORD, record)
+    return Built(dest, record)
+
+
+def graph_digest(bundle: Bundle) -> str:
+    """sha256 of the graph that an engine is built from, in bundle.json beside its weights'."""
+    return sha256(bundle.graph)
+
+
+def profiles(bundle: Bundle, options: BuildOptions) -> dict[str, dict[str, list[list[int]]]]:
+    """Profile -> input -> its smallest, usual and largest shape; logits_to_keep's are values."""
+    kinds = {
+        "decode": ((1, 1), (max(1, options.slots // 2), 1), (options.slots, 1)),
+        "prefill": ((1, 1), (1, max(1, options.chunk // 2)), (1, options.chunk)),
+    }
+    return {
+        name: {
+            "input_ids": [[batch, length] for batch, length in sizes],
+            "write_indices": [[batch] for batch, _ in sizes],
+            "kv_lengths": [[batch] for batch, _ in sizes],
+            "logits_to_keep": [[1], [1], [sizes[-1][1]]],
+            **{
+                f"past_key_values.{group.index}.{part}": [
+                    [batch, group.kv_heads, options.capacity, group.head_dim] for batch, _ in sizes
+                ]
+                for group in bundle.layout.groups
+                for part in ("key", "value")
+            },
+        }
+        for name, sizes in kinds.items()
+    }
+
+
+def _check(bundle: Bundle, options: BuildOptions) -> None:
+    if options.flavour not in FLAVOURS:
+        raise BadInput(
+            f"target is {options.flavour!r}; an engine is built for {' or '.join(FLAVOURS)}"
+        )
+    if bundle.target not in FLAVOURS:
+        raise BadInput(
+            f"{bundle.folder}: exported for {bundle.target}; engines are built from a bundle for "
+            f"TensorRT: cla-export export {bundle.source} DEST --target {options.flavour}"
+        )
+    for name in ("capacity", "slots", "chunk"):
+        value = getattr(options, name)
+        if value < 1:
+            raise BadInput(f"{name} is {value}; expected at least 1")
+    if options.capacity > bundle.max_positions:
+        raise BadInput(
+            f"capacity is {options.capacity}; the model has {bundle.max_positions} positions"
+        )
+    if options.chunk > options.capacity:
+        raise BadInput(f"chunk is {options.chunk}; a slot holds {options.capacity} tokens")
+    if options.strip and not options.refit:
+        raise BadInput("strip leaves weights out, to be put back by refitting; give --refit too")
+    unknown = [cc for cc in options.compute_capabilities if cc not in RTX_CAPABILITIES]
+    if options.flavour == "tensorrt" and options.compute_capabilities:
+        raise BadInput(
+            "compute capabilities are of tensorrt-rtx; tensorrt builds for the GPU of the machine"
+        )
+    if unknown:
+        hopper = " (Hopper and data-centre Blackwell need --target tensorrt)"
+        raise BadInput(
+            f"compute capability {unknown[0]}; TensorRT-RTX builds for "
+            f"{', '.join(RTX_CAPABILITIES)}{hopper}"
+        )
+    if util.find_spec(FLAVOURS[options.flavour]) is None:
+        extra = "rtx" if options.flavour == "tensorrt-rtx" else "tensorrt"
+        raise MissingEnvironment(
+            f"{options.flavour} is not installed; pip install 'cla-export[{extra}]'"
+        )
+
+
+def _fixed_graph(bundle: Bundle, capacity: int) -> bytes:
+    """The bundle's graph with its capacity fixed, past the lint; weights stay outside."""
+    import onnx_ir as ir
+
+    from cla_export.lower.tensorrt_lint import check
+    from cla_export.rewrite.keep_last_logits import KEEP
+
+    model = ir.load(bundle.graph)
+    graph = model.graph
+    values = (*graph.inputs, *graph.outputs, *(out for node in graph for out in node.outputs))
+    for value in values:
+        if value.shape is not None:
+            dims = [capacity if str(dim) == "capacity" else dim for dim in value.shape]
+            value.shape = ir.Shape(dims)
+    check(graph)
+    if KEEP in graph.initializers:  # an input with a default; TensorRT would take that for good
+        graph.initializers[KEEP].const_value = None
+        graph.initializers.pop(KEEP)
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def _run_worker(
+    request: dict[str, Any], graph: bytes, options: BuildOptions, progress: Progress
+) -> dict[str, Any]:
+    """Build in a child process; its last words are in the error if it dies."""
+    with tempfile.TemporaryDirectory(prefix="cla-export-build-") as scratch:
+        (Path(scratch) / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        (Path(scratch) / "model.onnx").write_bytes(graph)
+        with _environment(options, Path(scratch)) as environment:
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "cla_export.engines.tensorrt_worker", scratch],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                text=True,
+            )
+            try:
+                return _follow(worker, progress)
+            finally:
+                worker.kill()
+                worker.wait()
+
+
+def _follow(worker: "subprocess.Popen[str]", progress: Progress) -> dict[str, Any]:
+    last = {"node": "", "phase": ""}
+    complaints: list[str] = []
+    assert worker.stdout is not None and worker.stderr is not None
+    for line in worker.stdout:
+        if not line.startswith("{"):
+            continue
+        event = json.loads(line)
+        if event["event"] == "done":
+            return dict(event)
+        if event["event"] == "failed":
+            raise _refused(event, complaints)
+        if event["event"] == "complaint":
+            complaints.append(event["text"])
+        elif event["event"] == "step":
+            last["phase"] = event["phase"]
+            progress(f"build: {event['phase']}", event["done"], event["of"])
+        else:
+            last["node"] = event["node"]
+    code = worker.wait()
+    trouble = worker.stderr.read().strip().splitlines()[-3:]
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    where = f"in phase {last['phase']!r}" if last["phase"] else "while parsing"
+    raise CheckFailed(
+        f"TensorRT's builder crashed ({name}) {where}; the last node parsed was "
+        f"{last['node'] or 'none'}. " + " ".join([*complaints[-3:], *trouble])
+    )
+
+
+def _refused(event: dict[str, Any], complaints: Sequence[str]) -> Exception:
+    text = f"{event['what']}: " + "; ".join(dict.fromkeys([*event["errors"], *complaints[-3:]]))
+    return MissingEnvironment(text) if event.get("missing") else CheckFailed(text)
+
+
+@contextmanager
+def _environment(options: BuildOptions, scratch: Path) -> Iterator[dict[str, str]]:
+    """The child's environment: where the RTX parser finds the library by the name it looks for."""
+    environment = dict(os.environ)
+    library = rtx_library() if options.flavour == "tensorrt-rtx" else None
+    if library is not None and not (library.parent / _RTX_LIBRARY).exists():
+        (scratch / _RTX_LIBRARY).symlink_to(library)
+        paths = [str(scratch), environment.get("LD_LIBRARY_PATH", "")]
+        environment["LD_LIBRARY_PATH"] = ":".join(path for path in paths if path)
+    yield environment
+
+
+def rtx_library() -> Path | None:
+    """The versioned TensorRT-RTX library of the wheel, such as libtensorrt_rtx.so.1."""
+    spec = util.find_spec("tensorrt_rtx_libs")
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        found = sorted(Path(place).glob(f"{_RTX_LIBRARY}.*"))
+        if found:
+            return found[0]
+    return None
+
+
+def open_engine(bundle: Bundle, folder: Path) -> Built:
+    """Check that an engine was built from this bundle's graph and is whole, before it is loaded."""
+    again = f"cla-export build {bundle.folder}"
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        options, flavour = record["options"], record["flavour"]
+        engine, digest = record["engine"], record["graph_sha256"]
+        again += f" --target {flavour} --capacity {options['capacity']} --slots {options['slots']}"
+        again += f" --chunk {options['chunk']} --force"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{folder}: not an engine folder ({error!r}); build it: {again}"
+        ) from error
+    path = folder / ENGINE
+    if digest != graph_digest(bundle):
+        raise BundleError(
+            f"{folder}: built from another graph than {bundle.graph}; rebuild: {again}"
+        )
+    if not path.is_file() or sha256(path) != engine["sha256"]:
+        raise BundleError(f"{path}: missing or changed after it was built; rebuild: {again}")
+    return Built(folder, record)
