@@ -3,7 +3,8 @@
 The functions here are the command line's commands, and load PyTorch, ONNX Runtime and the rest only
 when called:
 
-    inspect(path)  export(source, dest)  parity(bundle)  load(bundle)  plan(source, ...)  doctor()
+    inspect(path)  export(source, dest)  parity(bundle)  build(bundle)  load(bundle)
+    plan(source, ...)  doctor()
 """
 
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cla_export.bundle import Bundle
     from cla_export.compare.report import ParityReport
+    from cla_export.engines.tensorrt_build import Built
     from cla_export.environment import Diagnosis
     from cla_export.generation import LoadedModel
     from cla_export.inspection import Inspection
     from cla_export.planning import Plan
 
 __version__ = "0.1.0"
-__all__ = ["demo_checkpoint", "doctor", "export", "inspect", "load", "parity", "plan"]
+__all__ = ["build", "demo_checkpoint", "doctor", "export", "inspect", "load", "parity", "plan"]
 
 # Each forwards to the module that does the work, and documents the options there.
 # ruff: noqa: ANN401
@@ -45,6 +47,13 @@ def parity(
     from cla_export.compare import gate
 
     return gate.compare_bundle(bundle, reference, **options)
+
+
+def build(bundle: "Bundle | Path | str", **options: Any) -> "Built":
+    """Build a TensorRT engine from a bundle. See `engines.tensorrt_build.build`."""
+    from cla_export.engines import tensorrt_build
+
+    return tensorrt_build.build(bundle, **options)
 
 
 def load(bundle: "Bundle | Path | str", **options: Any) -> "LoadedModel":

@@ -38,6 +38,23 @@ class Target(StrEnum):
 
     onnxruntime = "onnxruntime"
     portable = "portable"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+class EngineTarget(StrEnum):
+    """TensorRT's flavours."""
+
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+class AttentionChoice(StrEnum):
+    """What computes attention in a TensorRT engine."""
+
+    auto = "auto"
+    native = "native"
+    plugin = "plugin"
 
 
 class DType(StrEnum):
@@ -128,6 +145,10 @@ def export(
     quantize: Annotated[
         Quantize | None, typer.Option(help="Weights alone, in blocks of 32; target onnxruntime.")
     ] = None,
+    attention: Annotated[
+        AttentionChoice | None,
+        typer.Option(help="TensorRT targets: its own kernels, or the fused plugin."),
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -139,6 +160,7 @@ def export(
             target=target.value,
             dtype=dtype.value,
             quantize=None if quantize is None else quantize.value,
+            attention=None if attention is None else attention.value,
             force=force,
             progress=progress,
         )
@@ -158,6 +180,69 @@ def export(
     )
     for reason in bundle.attention_choices():
         console.print(f"  {reason}", highlight=False)
+
+
+@app.command(epilog="Example: cla-export build my-bundle --compute-capability '8.6 8.9 12.0'")
+def build(
+    bundle: BundleFolder,
+    target: Annotated[
+        EngineTarget | None, typer.Option(help="Flavour; by default the bundle's target.")
+    ] = None,
+    precision: Annotated[
+        DType | None, typer.Option(help="Checked against the bundle's dtype, which decides.")
+    ] = None,
+    capacity: Annotated[int | None, typer.Option(help="Tokens a slot holds.")] = None,
+    slots: Annotated[int, typer.Option(help="Rows side by side in decode.")] = 8,
+    chunk: Annotated[int | None, typer.Option(help="Tokens of a prefill call, at most.")] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorrt-rtx: GPUs to build for, such as '8.9 12.0'; repeatable."),
+    ] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced.")] = False,
+    strip: Annotated[bool, typer.Option("--strip", help="Leave weights out.")] = False,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Weights may stay in host memory.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Runs on later versions too.")
+    ] = False,
+    timing_cache: Annotated[Path | None, typer.Option(help="File, read and updated.")] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build a TensorRT engine from a bundle that was exported for it."""
+    with _progress() as progress:
+        built = cla_export.build(
+            bundle,
+            flavour=None if target is None else target.value,
+            precision=None if precision is None else precision.value,
+            capacity=capacity,
+            slots=slots,
+            chunk=chunk,
+            compute_capabilities=tuple(
+                name
+                for given in compute_capability or ()
+                for name in given.replace(",", " ").split()
+            ),
+            refit=refit,
+            strip=strip,
+            weight_streaming=weight_streaming,
+            version_compatible=version_compatible,
+            timing_cache=None if timing_cache is None else str(timing_cache),
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        _show({"folder": str(built.folder), **built.record})
+        return
+    console, record = _console(), built.record
+    console.print(f"[bold green]built[/] {built.folder}", highlight=False)
+    versions = ", ".join(f"{name} {found}" for name, found in record["versions"].items())
+    console.print(
+        f"  {record['engine']['bytes']:,} bytes in {record['seconds']:.1f} s, at most "
+        f"{record['peak_bytes'] / 2**20:,.0f} MiB of memory; {versions}. Built here, not run here",
+        highlight=False,
+    )
 
 
 @app.command(epilog="Example: cla-export parity my-bundle --report parity-report")
@@ -251,10 +336,18 @@ def plan(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Make the link that TensorRT-RTX's wheel lacks.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what is installed, and what each target would need."""
+    from cla_export import environment
     from cla_export.views.environment import render
 
+    for done in environment.fix() if fix else []:
+        _console(stderr=True).print(f"made {_escape(done)}", highlight=False)
     found = cla_export.doctor()
     _show(found.to_json()) if as_json else render(found, _console())
 

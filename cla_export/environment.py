@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 import cla_export
+from cla_export.engines.rtx_wheel import rtx_library, rtx_link
+from cla_export.errors import MissingEnvironment
 
-State = Literal["ready", "missing", "broken", "not in this version"]
+State = Literal["ready", "builds only", "missing", "broken"]
 ME = "cla-export"
 _NVIDIA_SMI_SECONDS = 10
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -122,7 +124,7 @@ def doctor() -> Diagnosis:
     ranges = _wanted_ranges()
     packages = tuple(_package(name, module, ranges) for name, module in PACKAGES.items())
     by_name = {package.name: package for package in packages}
-    gpus, gpu_note = _gpus()
+    gpus, gpu_note = nvidia_gpus()
     providers = _providers(by_name)
     return Diagnosis(
         version=cla_export.__version__,
@@ -252,7 +254,7 @@ def _memory() -> int | None:
     return min(found, default=None)
 
 
-def _gpus() -> tuple[tuple[Gpu, ...], str]:
+def nvidia_gpus() -> tuple[tuple[Gpu, ...], str]:
     """NVIDIA GPUs, or the reason why there are none."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -309,8 +311,8 @@ def _targets(
             (*gpu_needs, *device_needs),
             gpu_install if gpu_needs else None,
         ),
-        _unwritten("tensorrt", packages["tensorrt"], "tensorrt"),
-        _unwritten("tensorrt-rtx", packages["tensorrt-rtx-cu13"], "rtx"),
+        _builder("tensorrt", packages["tensorrt"], device_needs, "tensorrt"),
+        _builder("tensorrt-rtx", packages["tensorrt-rtx-cu13"], _rtx_defect(), "rtx"),
     )
 
 
@@ -320,13 +322,46 @@ def _target(name: str, packages: list[Package], more: list[str], install: str) -
     return Target(name, state, _found(packages), needs, install if needs else None)
 
 
-def _unwritten(name: str, library: Package, extra: str) -> Target:
-    """Report a target that cla-export cannot yet export for, whatever libraries are there."""
-    needs = ["cla-export does not export for it in this version"]
-    if not library.ok:
-        needs.append(library.trouble)
-    install = None if library.ok else f"pip install 'cla-export[{extra}]'"
-    return Target(name, "not in this version", _found([library]), tuple(needs), install)
+def _builder(name: str, library: Package, more: list[str], extra: str) -> Target:
+    """Report a target whose engines are built here, and run by no executor of this version."""
+    needs = [library.trouble] if not library.ok else []
+    install = f"pip install 'cla-export[{extra}]'" if needs else None
+    blocking = [*needs, *(more if name == "tensorrt" else [])]
+    state: State = _state([library], blocking)
+    if state == "ready":
+        state, needs = "builds only", ["engines are built; this version has no executor for them"]
+    return Target(name, state, _found([library]), (*needs, *more), install)
+
+
+def _rtx_defect() -> list[str]:
+    """What is wrong with the TensorRT-RTX wheel, if it is there and as it comes."""
+    library = rtx_library()
+    if library is None or rtx_link(library).exists():
+        return []
+    return [
+        f"its parser looks for {rtx_link(library).name}, the wheel has {library.name}: a graph "
+        "with a plugin aborts the process. cla-export build works around it; `cla-export doctor "
+        "--fix` makes the link for other tools"
+    ]
+
+
+def fix() -> list[str]:
+    """Put right what can be: returns a line for each thing done.
+
+    The one link that the TensorRT-RTX wheel lacks, beside its library.
+    """
+    library = rtx_library()
+    if library is None or rtx_link(library).exists():
+        return []
+    link = rtx_link(library)
+    try:
+        link.symlink_to(library.name)
+    except OSError as error:
+        raise MissingEnvironment(
+            f"{link}: cannot be made ({error.strerror or error}); make it as whoever may write "
+            "there"
+        ) from error
+    return [f"{link} -> {library.name}"]
 
 
 def _state(packages: list[Package], needs: list[str]) -> State:

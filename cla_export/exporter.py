@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cla_export.lower import Lowered
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+ATTENTION = ("auto", "native", "plugin")
 _SMALL = 1024  # bytes; smaller constants stay inside model.onnx
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
@@ -46,6 +47,7 @@ def export(
     target: str = "onnxruntime",
     dtype: str = "fp32",
     quantize: str | None = None,
+    attention: str | None = None,
     force: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
@@ -54,11 +56,14 @@ def export(
     Args:
         source: model folder with config.json and safetensors weights.
         dest: folder to create; refused if it exists, unless `force`.
-        target: what the graph is lowered for, `onnxruntime` or `portable`.
+        target: what the graph is lowered for: `onnxruntime`, `portable`, `tensorrt` or
+            `tensorrt-rtx`.
         dtype: `fp32`, `fp16` or `bf16`, of weights, activations and caches. Conversion happens
             tensor by tensor while writing; fp32 holds every checkpoint exactly.
         quantize: `int4` or `int8` weights in place of `dtype`'s; see `quantization`. Target
             `onnxruntime` only.
+        attention: of the TensorRT targets: `native`, `plugin`, or `auto` (None), which takes the
+            plugin where TensorRT has no kernel of its own.
         force: replace an existing bundle.
         progress: called with (what, done, of) as work goes on.
 
@@ -84,6 +89,7 @@ def export(
             f"quantize is {quantize!r} for target {target!r}; only `onnxruntime` has an operator "
             "for quantised weights"
         )
+    options = _lowering_options(target, attention)
     source, dest = Path(source), Path(dest)
     steps = 5
     progress("read the model folder", 0, steps)
@@ -98,7 +104,7 @@ def export(
         progress("rewrite", 2, steps)
         canonical = rewrite(stateless, spec.layout)
         progress("lower", 3, steps)
-        lowered = lower(target, canonical.model, spec.layout)
+        lowered = lower(target, canonical.model, spec.layout, **options)
         if quantization is not None:
             quantize_weights(lowered.model, quantization)
         progress("write", 4, steps)
@@ -109,6 +115,19 @@ def export(
         write_manifest(folder, manifest, progress)
         progress("write", 5, steps)
     return open_bundle(dest, verify=False)
+
+
+def _lowering_options(target: str, attention: str | None) -> dict[str, str]:
+    if attention is None:
+        return {}
+    if target not in ("tensorrt", "tensorrt-rtx"):
+        raise BadInput(
+            f"attention is {attention!r} for target {target!r}; only the TensorRT targets have a "
+            "choice"
+        )
+    if attention not in ATTENTION:
+        raise BadInput(f"attention is {attention!r}; expected one of {', '.join(ATTENTION)}")
+    return {"attention": attention}
 
 
 def _write_graph(model: "ir.Model", folder: Path, progress: Progress) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cla_export.bundle import Bundle
 from cla_export.compare.report import CaseShape
 from cla_export.layout import KVLayout
 
@@ -27,6 +28,9 @@ SLOTS = 4
 DECODE_STEPS = 36
 _LENGTH = 160  # tokens; longer where a sliding window asks for it
 _LONGEST = 640
+_SHORT = 3  # tokens of a short piece
+_LONG = 1056  # tokens of a long call: past 1024
+_LONG_WORK = 2**36  # weights times tokens of such a call, at most
 _FAR = 8  # tokens of each row behind made-up ones
 _NEAR = 7  # power of two: what other cases reach anyway
 _SPREAD = 8  # such rows evenly over the context, beside those at powers of two
@@ -72,6 +76,15 @@ class Case:
         return int((self.feed["held"] + self.feed["prompts"] + self.feed["steps"]).max())
 
 
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Cases that run in one executor, one after another, and what it must have."""
+
+    cases: list[Case]
+    capacity: int
+    slots: int
+
+
 def case_length(layout: KVLayout, max_positions: int) -> int:
     """Tokens per row: past every sliding window that is not longer than 600 tokens."""
     windows = [window for window in layout.window if window is not None]
@@ -82,6 +95,24 @@ def case_length(layout: KVLayout, max_positions: int) -> int:
 def far_positions(layout: KVLayout, dtype: str, max_positions: int) -> int:
     """Places of a slot that reaches the last position, or as far as 256 MiB of caches do."""
     return min(max_positions, _FAR_BYTES // layout.bytes_per_token(dtype))
+
+
+def make_setups(
+    bundle: Bundle, length: int, stream: Sequence[int], seed: int, weights: int
+) -> tuple[Setup, Setup]:
+    """Near: slots as long as rows, filled to the last place by some, with room behind others.
+
+    Far: one slot as long as the context, or as far as its caches may grow. A long call is left out
+    where a model of so many weights would take minutes for it.
+    """
+    near = make_cases(length, stream, seed)
+    near.append(token_case(length, bundle.vocab_size, bundle.special_tokens()))
+    reach = far_positions(bundle.layout, bundle.dtype, bundle.max_positions)
+    far = [far_case(reach, stream)]
+    long = long_case(reach, stream)
+    if length < long.positions and weights * long.positions <= _LONG_WORK:
+        far.append(long)
+    return Setup(near, length, SLOTS), Setup(far, reach, 1)
 
 
 def make_cases(length: int, stream: Sequence[int], seed: int) -> list[Case]:
@@ -99,7 +130,7 @@ def make_cases(length: int, stream: Sequence[int], seed: int) -> list[Case]:
     return [
         Case("prefill", "one prompt in one call", _feed([rows[0]], [length])),
         Case("decode", "a prompt, then single tokens", _feed([rows[1]], [most], steps)),
-        Case("decode-from-one", "a one-token prompt, then tokens", _feed([rows[2]], [1], steps)),
+        Case("decode-from-one", "one-token prompts, then tokens", _feed(rows[2:4], [1, 1], steps)),
         Case(
             "chunked-prefill",
             "one prompt in uneven pieces",
@@ -113,7 +144,7 @@ def make_cases(length: int, stream: Sequence[int], seed: int) -> list[Case]:
         Case(
             "batched-prefill",
             "prompts of different lengths in one padded call",
-            _feed(rows[1:SLOTS], uneven[1:], min(8, steps), chunk=0, first_slot=1),
+            _feed(rows[1:SLOTS], [uneven[2], most, 1], min(8, steps), chunk=0, first_slot=1),
         ),
         Case(
             "slot-reuse",
@@ -124,7 +155,7 @@ def make_cases(length: int, stream: Sequence[int], seed: int) -> list[Case]:
         ),
         Case(
             "prefix-reuse",
-            "a prompt that begins like the one before, from where they part",
+            "a prompt that begins like the one before, from where they part, in short pieces",
             _reusing(rows[SLOTS + 2], max(1, int(most * draw(0.3, 0.8))), min(8, steps)),
         ),
     ]
@@ -141,6 +172,12 @@ def far_case(positions: int, stream: Sequence[int]) -> Case:
     rows = [tokens[i * length : (i + 1) * length] for i in range(len(held))]
     feed = _feed(rows, [length - steps] * len(held), steps, held=held)
     return Case("far-positions", "all over the context, behind made-up keys and values", feed)
+
+
+def long_case(positions: int, stream: Sequence[int]) -> Case:
+    """One call as long as servers make them, if the context has room for it."""
+    row = np.resize(np.asarray(stream, np.int64), min(positions, _LONG))
+    return Case("long-prefill", "one long prompt in one call", _feed([row], [len(row)]))
 
 
 def token_case(length: int, vocab_size: int, special: Sequence[int]) -> Case:
@@ -160,8 +197,8 @@ def token_case(length: int, vocab_size: int, special: Sequence[int]) -> Case:
 
 def _reusing(row: NDArray[np.int64], prompt: int, steps: int) -> Feed:
     reused = prompt // 2
-    feed = _feed([row], [prompt], steps, first_slot=2, reused=reused)
-    feed["logits_from"] = np.array([(reused + prompt) // 2], np.int64)  # of a part of the call
+    feed = _feed([row], [prompt], steps, first_slot=2, reused=reused, chunk=_SHORT)
+    feed["logits_from"] = np.array([(reused + prompt) // 2], np.int64)  # of a part of a call
     return feed
 
 

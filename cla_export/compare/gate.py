@@ -15,16 +15,7 @@ from polygraphy.logger import G_LOGGER
 
 from cla_export.bundle import Bundle, Progress, open_bundle
 from cla_export.compare.baseline import read_baseline, regressions
-from cla_export.compare.cases import (
-    SLOTS,
-    Case,
-    case_length,
-    far_case,
-    far_positions,
-    make_cases,
-    shape_of,
-    token_case,
-)
+from cla_export.compare.cases import Case, Setup, case_length, make_setups, shape_of
 from cla_export.compare.debug import call_of_interest, check_debug_dir, write_call
 from cla_export.compare.greedy import compare_greedy
 from cla_export.compare.marks import Call, MarkedExecutor
@@ -53,7 +44,7 @@ from cla_export.models.cla import ClaDecoder
 _TOOLS = ("torch", "onnxruntime", "onnx", "polygraphy", "numpy")
 _HELD = 64  # tokens whose keys and values stand in for a long context's, over and over
 _ONE_THREAD = 2**24  # parameters
-_SHOWN = 1  # "decode": the case whose layers are shown where nothing fails
+_SHOWN = "decode"  # the case whose layers are shown where nothing fails
 
 
 def _silent(_what: str, _done: int, _of: int) -> None:
@@ -126,10 +117,12 @@ def compare_bundle(
     with _torch_threads(model):
         sides = _sides(bundle, checkpoint, model, report)
         held = _made_up(sides, np.resize(np.asarray(stream, np.int64), _HELD), bundle.dtype)
-        run = _Run(bundle, sides, threshold, held, engine, threads, report, progress)
-        run.compare(stream)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        setups = make_setups(bundle, report.length, stream, seed, size)
+        run = _Run(bundle, sides, threshold, held, setups, engine, threads, report, progress)
+        run.compare()
         run.generate(stream, unquantized)
-        run.look_inside(stream, debug_dir)
+        run.look_inside(debug_dir)
     if stored is not None and baseline is not None:
         report.baseline = str(baseline)
         report.regressions += regressions(report, stored, baseline)
@@ -150,21 +143,21 @@ class _Run:
     sides: Reference
     threshold: Threshold
     held: GroupKV
+    setups: tuple[Setup, Setup]  # near and far
     engine: type[OnnxRuntimeExecutor]
     threads: int | None
     report: ParityReport
     progress: Progress
 
-    def compare(self, stream: Sequence[int]) -> None:
+    def compare(self) -> None:
         """All cases, on both sides."""
-        near, far = self._cases(stream)
-        self.report.notes += _unreached(self.bundle, far)
-        self.report.cases += [shape_of(case) for case in (*near, far)]
-        for group in (near, [far]):
+        self.report.notes += _unreached(self.bundle, self.setups[1].capacity)
+        for setup in self.setups:
+            self.report.cases += [shape_of(case) for case in setup.cases]
             with self._faults():
-                executor = self._open(group[0])
-                for index, case in enumerate(group):
-                    self.progress(f"case {case.name}", index, len(group))
+                executor = self._open(setup)
+                for index, case in enumerate(setup.cases):
+                    self.progress(f"case {case.name}", index, len(setup.cases))
                     with self._faults(case):
                         self.report.tensors += self._compare_case(case, executor)
 
@@ -172,7 +165,7 @@ class _Run:
         """Greedy generation, and perplexity."""
         exact, report = self.sides.exact, self.report
         with self._faults():
-            executor = self._open(self._cases(stream)[0][0])
+            executor = self._open(self.setups[0])
             self.progress("generate", 0, 1)
             logits = [r.tolerance for r in report.tensors if r.output == "logits"]
             report.greedy += compare_greedy(exact, executor, stream, 2 * max(logits, default=0.0))
@@ -180,65 +173,51 @@ class _Run:
             score = compare_perplexity(exact, executor, stream, report.tokens, limit)
             report.perplexity = replace(score, unquantized=unquantized)
 
-    def look_inside(self, stream: Sequence[int], debug_dir: Path | None) -> None:
+    def look_inside(self, debug_dir: Path | None) -> None:
         """Replay every case with every layer in view; report the first that fails, or one."""
         report = self.report
         failed = {result.case for result in report.tensors if not result.passed}
-        near, far = self._cases(stream)
-        wrong: Case | None = None
-        for group in (near, [far]):
+        wrong: tuple[Setup, Case] | None = None
+        for setup in self.setups:
             with self._faults():
-                executor = open_marked(self.bundle, group[0], self._capacity(group[0]), self.engine)
-                for index, case in enumerate(group):
-                    self.progress(f"layers of case {case.name}", index, len(group))
+                executor = open_marked(self.bundle, setup, self.engine)
+                for index, case in enumerate(setup.cases):
+                    self.progress(f"layers of case {case.name}", index, len(setup.cases))
                     found, calls = self._steps(executor, case)
                     divergence = first_divergence(found, self.bundle.layout, case)
                     bad = divergence is not None or case.name in failed
-                    if wrong is None and (bad or case is near[_SHOWN]):
+                    if wrong is None and (bad or case.name == _SHOWN):
                         report.layer_map = layer_map(found, calls, case)
                     if bad and report.divergence is None:
-                        report.divergence, wrong = divergence, wrong or case
+                        report.divergence, wrong = divergence, wrong or (setup, case)
                     if report.divergence is not None:
                         break
+            if report.divergence is not None:
+                break
         if wrong is not None and debug_dir is not None:
             with self._faults():
-                self._leave(debug_dir, wrong)
+                self._leave(debug_dir, *wrong)
 
     def _steps(self, executor: MarkedExecutor, case: Case) -> tuple[list[Difference], list[Call]]:
         calls = run_marked(executor, case, self.held)
         layout, sides, threshold = self.bundle.layout, self.sides, self.threshold
         return list(differences(calls, layout, sides, threshold, case, self.held)), calls
 
-    def _leave(self, folder: Path, case: Case) -> None:
+    def _leave(self, folder: Path, setup: Setup, case: Case) -> None:
         """Write the call that went wrong to a folder."""
         bundle, report = self.bundle, self.report
-        where = (bundle, case, self._capacity(case), self.engine)
-        calls = run_marked(open_marked(*where), case, self.held)
-        executor = open_marked(*where, record=call_of_interest(report, case, calls))
+        calls = run_marked(open_marked(bundle, setup, self.engine), case, self.held)
+        number = call_of_interest(report, case, calls)
+        executor = open_marked(bundle, setup, self.engine, record=number)
         run_marked(executor, case, self.held)
         limits = {r.output: r.tolerance for r in report.tensors if r.case == case.name}
         report.debug = write_call(
             folder, bundle, executor, self.sides, self.threshold, case, self.held, limits
         )
 
-    def _cases(self, stream: Sequence[int]) -> tuple[list[Case], Case]:
-        """Cases that share an executor, and the one that reaches far."""
-        bundle, report = self.bundle, self.report
-        reach = far_positions(bundle.layout, bundle.dtype, bundle.max_positions)
-        near = make_cases(report.length, stream, report.seed)
-        near.append(token_case(report.length, bundle.vocab_size, bundle.special_tokens()))
-        return near, far_case(reach, stream)
-
-    def _capacity(self, case: Case) -> int:
-        """Slots as long as rows: filled to the last place by some, with room behind others."""
-        return case.positions if case.is_far else self.report.length
-
-    def _open(self, case: Case) -> Executor:
+    def _open(self, setup: Setup) -> Executor:
         executor = self.engine(
-            self.bundle,
-            capacity=self._capacity(case),
-            slots=1 if case.is_far else SLOTS,
-            threads=self.threads,
+            self.bundle, capacity=setup.capacity, slots=setup.slots, threads=self.threads
         )
         fill_with_garbage(executor)
         return executor
@@ -322,9 +301,8 @@ def _made_up(sides: Reference, tokens: np.ndarray, dtype: str) -> GroupKV:
     return [(stored(key), stored(value)) for key, value in sides.exact.forward(tokens)[1]]
 
 
-def _unreached(bundle: Bundle, far: Case) -> Iterator[str]:
+def _unreached(bundle: Bundle, reached: int) -> Iterator[str]:
     """What no case gets to."""
-    reached = far.positions
     if reached < bundle.max_positions:
         yield (
             f"positions from {reached:,} to {bundle.max_positions - 1:,} were not run: caches that "

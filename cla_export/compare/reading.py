@@ -21,7 +21,10 @@ from cla_export.errors import GraphError
 from cla_export.graph_reading import read_graph
 from cla_export.models.cla import ClaDecoder
 from cla_export.quantization import PACKED, SCALES, Quantization
+from cla_export.rewrite.keep_last_logits import ALL, KEEP
 
+_RESEMBLES = 0.05  # of the mean magnitude
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SLACK = 1.01  # for ties, and for the arithmetic here
 _PLAIN_INPUTS = 3  # of MatMulNBits: activations, packed, scales; zero points would come next
 
@@ -45,6 +48,10 @@ def read_bundle(bundle: Bundle, model: ClaDecoder) -> Reading:
     reading.faults += _norms(graph, model.spec.norm_eps)
     initializers = graph.initializers
     expected = {name: t.detach() for name, t in (*_named(model), *model.named_buffers())}
+    keep = initializers.get(KEEP)
+    if keep is not None and keep.const_value is not None and keep.const_value.numpy() != ALL:
+        reading.faults.append(f"{KEEP} is {keep.const_value.numpy()} by default; expected {ALL}")
+    _lookalikes(initializers, expected, reading)
     for name, value in initializers.items():
         if name.endswith(PACKED):
             _read_quantized(name.removesuffix(PACKED), initializers, expected, bundle, reading)
@@ -100,6 +107,41 @@ def _read_exact(name: str, got: NDArray[np.generic], tensor: torch.Tensor, into:
         into.faults.append(
             f"{name}: {int((got != want).sum())} of {got.size} values are not the model's"
         )
+
+
+def _lookalikes(
+    initializers: Mapping[str, ir.Value], expected: Mapping[str, torch.Tensor], into: Reading
+) -> None:
+    """Weights that the graph holds under another name, or transposed, and nearly as they were.
+
+    What resembles no weight is left to the cases: an optimiser may have folded something into it.
+    """
+    missing = {
+        name: tensor.numpy()
+        for name, tensor in expected.items()
+        if name not in initializers and name + PACKED not in initializers and tensor.ndim == 2
+    }
+    if not missing:
+        return
+    for name, value in initializers.items():
+        if name in expected or value.const_value is None or len(value.const_value.shape) != 2:
+            continue
+        if name.endswith((PACKED, SCALES)) or value.dtype not in _FLOATS:
+            continue
+        got = value.const_value.numpy()
+        for weight, whole in missing.items():
+            for want in (whole, whole.T):
+                if got.shape != want.shape:
+                    continue
+                rounded = want.astype(got.dtype)
+                off = np.abs(got.astype(np.float32) - want).mean()
+                if off < _RESEMBLES * np.abs(want).mean() and not np.array_equal(got, rounded):
+                    count = int((got != rounded).sum())
+                    into.faults.append(
+                        f"{name} is nearly {weight}: {count} of {got.size} values are not the "
+                        "model's"
+                    )
+                    break
 
 
 def _read_quantized(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cla_export.bundle import Bundle
-from cla_export.compare.cases import SLOTS, Case
+from cla_export.compare.cases import Case, Setup
 from cla_export.compare.marks import Call, MarkedExecutor, marked
 from cla_export.compare.probe import CACHES, Key, Tensors, torch_tensors
 from cla_export.compare.reference import GroupKV, Reference
@@ -89,14 +89,12 @@ class Episode:
 
 def open_marked(
     bundle: Bundle,
-    case: Case,
-    capacity: int,
+    setup: Setup,
     engine: type[OnnxRuntimeExecutor] = OnnxRuntimeExecutor,
     record: int | None = None,
 ) -> MarkedExecutor:
-    """An executor over the marked graph for cases like this one, full of garbage."""
-    slots = 1 if case.is_far else SLOTS
-    executor = marked(engine)(bundle, capacity=capacity, slots=slots, record=record)
+    """An executor over the marked graph for a setup's cases, full of garbage."""
+    executor = marked(engine)(bundle, capacity=setup.capacity, slots=setup.slots, record=record)
     fill_with_garbage(executor)
     return executor
 

@@ -16,6 +16,7 @@ message names the last node that was parsed. Flavours: `tensorrt` builds for the
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,26 +36,30 @@ from cla_export.bundle import (
     Bundle,
     Progress,
     new_folder,
+    open_bundle,
     sha256,
     write_json,
 )
+from cla_export.engines.rtx_wheel import rtx_library, rtx_link
+from cla_export.environment import nvidia_gpus
 from cla_export.errors import BadInput, BundleError, CheckFailed, MissingEnvironment
+from cla_export.exporter import DTYPES
 
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavour -> Python module
 ENGINE = "model.engine"
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # of TensorRT-RTX 1.7
 _SCHEMA = 1
-_RTX_LIBRARY = "libtensorrt_rtx.so"  # what the parser looks for; the wheel has it with a version
+_CAPACITY, _CHUNK = 2048, 512  # where not asked for
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """What an engine is built for."""
 
-    flavour: str = "tensorrt-rtx"
-    capacity: int = 2048  # tokens a slot holds
+    flavour: str
+    capacity: int  # tokens a slot holds
+    chunk: int  # tokens of a prefill call, at most
     slots: int = 8
-    chunk: int = 512  # tokens of a prefill call, at most
     compute_capabilities: tuple[str, ...] = ()  # tensorrt-rtx; none: the GPU here
     refit: bool = False
     strip: bool = False  # leave weights out; needs refit
@@ -76,13 +81,27 @@ def _silent(_what: str, _done: int, _of: int) -> None:
 
 
 def build(
-    bundle: Bundle,
-    options: BuildOptions,
+    bundle: Bundle | Path | str,
     *,
+    flavour: str | None = None,
+    precision: str | None = None,
+    capacity: int | None = None,
+    chunk: int | None = None,
     force: bool = False,
     progress: Progress = _silent,
+    **more: Any,  # noqa: ANN401
 ) -> Built:
     """Build an engine from a bundle of a TensorRT target, into the bundle's engines/ folder.
+
+    Args:
+        bundle: an opened bundle, or its folder (verified before use).
+        flavour: `tensorrt` or `tensorrt-rtx`; None takes the bundle's target.
+        precision: `fp32`, `fp16` or `bf16`, checked against the bundle's dtype, which decides.
+        capacity: tokens a slot holds; None: all of the model's positions, 2048 at most.
+        chunk: tokens of a prefill call, at most; None: 512, or the capacity if that is less.
+        force: replace an engine of the same name.
+        progress: called with (what, done, of).
+        more: the other fields of BuildOptions.
 
     Raises:
         BadInput: an option or the bundle does not fit, with what to do.
@@ -90,9 +109,23 @@ def build(
         MissingEnvironment: the flavour is not installed, or there is no GPU where one is needed.
         CheckFailed: the builder refused the graph, or crashed.
     """
+    if not isinstance(bundle, Bundle):
+        bundle = open_bundle(bundle)
+    capacity = min(bundle.max_positions, _CAPACITY) if capacity is None else capacity
+    options = BuildOptions(
+        flavour=flavour or bundle.target,
+        capacity=capacity,
+        chunk=min(capacity, _CHUNK) if chunk is None else chunk,
+        **more,
+    )
+    if precision is not None and DTYPES.get(precision) != bundle.dtype:
+        raise BadInput(
+            f"precision is {precision}; the bundle is {bundle.dtype}, and TensorRT keeps a graph's "
+            f"dtypes. Export again with --dtype {precision}"
+        )
     _check(bundle, options)
+    label = _label(options)
     graph = _fixed_graph(bundle, options.capacity)
-    label = "+".join(f"sm{cc.replace('.', '')}" for cc in options.compute_capabilities) or "gpu"
     dest = bundle.folder / "engines" / f"{label}-{options.flavour}-{bundle.dtype}"
     needed = sum(path.stat().st_size for path in bundle.folder.glob("model.onnx*"))
     with new_folder(dest, force=force, needed_bytes=needed, manifest=RECORD) as folder:
@@ -110,7 +143,10 @@ def build(
             "cla_export": __version__,
             "flavour": options.flavour,
             "versions": found["versions"],
-            "options": asdict(options),
+            "options": {
+                **asdict(options),
+                "compute_capabilities": list(options.compute_capabilities),
+            },
             "dtype": bundle.dtype,
             "profiles": request["profiles"],
             "engine": {
@@ -155,6 +191,20 @@ def profiles(bundle: Bundle, options: BuildOptions) -> dict[str, dict[str, list[
     }
 
 
+def _label(options: BuildOptions) -> str:
+    """The GPUs an engine is for: sm89+sm120, portable (TensorRT-RTX's choice), or this one's."""
+    if options.flavour == "tensorrt-rtx":
+        chosen = (f"sm{cc.replace('.', '')}" for cc in options.compute_capabilities)
+        return "+".join(chosen) or "portable"
+    gpus, note = nvidia_gpus()
+    if not gpus:
+        raise MissingEnvironment(
+            "tensorrt builds on the kind of GPU that runs the engine, and there is none here: "
+            f"{note}"
+        )
+    return re.sub(r"[^a-z0-9]+", "-", gpus[0].name.lower())
+
+
 def _check(bundle: Bundle, options: BuildOptions) -> None:
     if options.flavour not in FLAVOURS:
         raise BadInput(
@@ -175,8 +225,6 @@ def _check(bundle: Bundle, options: BuildOptions) -> None:
         )
     if options.chunk > options.capacity:
         raise BadInput(f"chunk is {options.chunk}; a slot holds {options.capacity} tokens")
-    if options.strip and not options.refit:
-        raise BadInput("strip leaves weights out, to be put back by refitting; give --refit too")
     unknown = [cc for cc in options.compute_capabilities if cc not in RTX_CAPABILITIES]
     if options.flavour == "tensorrt" and options.compute_capabilities:
         raise BadInput(
@@ -188,10 +236,31 @@ def _check(bundle: Bundle, options: BuildOptions) -> None:
             f"compute capability {unknown[0]}; TensorRT-RTX builds for "
             f"{', '.join(RTX_CAPABILITIES)}{hopper}"
         )
+    if options.flavour == "tensorrt-rtx":
+        _check_rtx(options)
     if util.find_spec(FLAVOURS[options.flavour]) is None:
         extra = "rtx" if options.flavour == "tensorrt-rtx" else "tensorrt"
         raise MissingEnvironment(
             f"{options.flavour} is not installed; pip install 'cla-export[{extra}]'"
+        )
+
+
+def _check_rtx(options: BuildOptions) -> None:
+    """What TensorRT-RTX 1.7 cannot do, and says in riddles."""
+    if options.version_compatible:
+        raise BadInput(
+            "version-compatible engines need TensorRT's lean runtime, which TensorRT-RTX has not; "
+            "leave --version-compatible out"
+        )
+    if not (options.refit or options.strip):
+        return
+    gpus, note = nvidia_gpus()
+    if len(options.compute_capabilities) > 1:
+        raise BadInput("refit and strip: TensorRT-RTX builds these for one compute capability")
+    if not gpus:
+        raise MissingEnvironment(
+            "refit and strip: TensorRT-RTX compiles such engines on a GPU, and there is none "
+            f"({note})"
         )
 
 
@@ -277,21 +346,11 @@ def _environment(options: BuildOptions, scratch: Path) -> Iterator[dict[str, str
     """The child's environment: where the RTX parser finds the library by the name it looks for."""
     environment = dict(os.environ)
     library = rtx_library() if options.flavour == "tensorrt-rtx" else None
-    if library is not None and not (library.parent / _RTX_LIBRARY).exists():
-        (scratch / _RTX_LIBRARY).symlink_to(library)
+    if library is not None and not rtx_link(library).exists():
+        (scratch / rtx_link(library).name).symlink_to(library)
         paths = [str(scratch), environment.get("LD_LIBRARY_PATH", "")]
         environment["LD_LIBRARY_PATH"] = ":".join(path for path in paths if path)
     yield environment
-
-
-def rtx_library() -> Path | None:
-    """The versioned TensorRT-RTX library of the wheel, such as libtensorrt_rtx.so.1."""
-    spec = util.find_spec("tensorrt_rtx_libs")
-    for place in (spec.submodule_search_locations or []) if spec is not None else []:
-        found = sorted(Path(place).glob(f"{_RTX_LIBRARY}.*"))
-        if found:
-            return found[0]
-    return None
 
 
 def open_engine(bundle: Bundle, folder: Path) -> Built:

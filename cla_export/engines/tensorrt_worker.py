@@ -17,6 +17,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+_FLAGS = {
+    "refit": ("REFIT",),
+    "strip": ("STRIP_PLAN", "REFIT_IDENTICAL"),
+    "weight_streaming": ("WEIGHT_STREAMING",),
+    "version_compatible": ("VERSION_COMPATIBLE",),
+}
 _PARSING = re.compile(r"(?:Parsing node: |Static check for parsing node: )(\S+)")
 
 
@@ -87,9 +93,8 @@ def _configure(trt: Any, builder: Any, config: Any, network: Any, request: Any) 
             sizes = shapes[value.name]
             setter(value.name, *([] if value.shape == () and not value.is_shape_tensor else sizes))
         config.add_optimization_profile(profile)
-    for name in ("refit", "strip", "weight_streaming", "version_compatible"):
-        if request[name]:
-            flag = {"strip": "STRIP_PLAN"}.get(name, name.upper())
+    for name, flags in _FLAGS.items():
+        for flag in flags if request[name] else ():
             config.set_flag(getattr(trt.BuilderFlag, flag))
     if capabilities := request["compute_capabilities"]:
         config.num_compute_capabilities = len(capabilities)

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from cla_export.environment import Diagnosis, Package
 
-_STYLES = {"ready": "green", "missing": "yellow", "broken": "red", "not in this version": "dim"}
+_STYLES = {"ready": "green", "builds only": "green", "missing": "yellow", "broken": "red"}
 
 
 def render(diagnosis: Diagnosis, console: Console) -> None:
@@ -41,8 +41,7 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
         for need in target.needs:
             line(f"  - {need}")
         if target.install is not None:
-            label = "its libraries" if target.state == "not in this version" else "get it"
-            command = Text(f"  {label}: {target.install}")
+            command = Text(f"  get it: {target.install}")
             console.print(command, soft_wrap=True)  # in one piece, to be copied
 
 

@@ -42,9 +42,10 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"Metadata-Version: 2.1\nName: cla-export\nVersion: 0.1.0\n{lines}"
     )
     monkeypatch.setattr(sys, "path", [str(site)])
-    for module in set(environment.PACKAGES.values()):
+    modules = {*environment.PACKAGES.values(), "tensorrt_rtx_libs"}
+    for module in modules:
         monkeypatch.delitem(sys.modules, module, raising=False)
-    for module in set(environment.PACKAGES.values()):  # put back after the test
+    for module in modules:  # put back after the test
         monkeypatch.setitem(sys.modules, module, sys)
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -120,7 +121,8 @@ def test_the_environment_that_runs_the_tests() -> None:
         "portable", "onnxruntime CPU", "onnxruntime GPU", "tensorrt", "tensorrt-rtx",
     ]  # fmt: skip
     assert targets["portable"].state == "ready"
-    assert targets["tensorrt"].state == targets["tensorrt-rtx"].state == "not in this version"
+    assert targets["tensorrt"].state == "missing"
+    assert targets["tensorrt-rtx"].state == "builds only"
     assert json.loads(json.dumps(found.to_json()))["ok"]
     assert "portable: ready" in shown(found)
 
@@ -181,8 +183,8 @@ def test_a_gpu_machine(machine: Path) -> None:
     assert targets["onnxruntime GPU"].install is None
     assert targets["onnxruntime CPU"].state == "ready"  # the GPU build has the CPU provider too
     tensorrt = targets["tensorrt"]
-    assert (tensorrt.state, tensorrt.found) == ("not in this version", ("tensorrt 11.1.0.106",))
-    assert tensorrt.needs == ("cla-export does not export for it in this version",)
+    assert (tensorrt.state, tensorrt.found) == ("builds only", ("tensorrt 11.1.0.106",))
+    assert tensorrt.needs == ("engines are built; this version has no executor for them",)
     assert tensorrt.install is None
     assert found.ok
 
@@ -221,3 +223,20 @@ def test_without_metadata_of_its_own(machine: Path) -> None:
     assert found.packages[0].in_range is None
     assert found.targets[0].state == "ready"
     assert "version ranges cannot be checked" in shown(found)
+
+
+def test_the_link_that_the_rtx_wheel_lacks(machine: Path) -> None:
+    """Explained while it is missing, made once, and no more said of it."""
+    install_base(machine)
+    install(machine, "tensorrt-rtx-cu13", "1.7.1.116", "tensorrt_rtx")
+    libraries = machine / "tensorrt_rtx_libs"
+    libraries.mkdir()
+    (libraries / "__init__.py").write_text("")
+    (libraries / "libtensorrt_rtx.so.1").write_text("")
+    rtx = doctor().targets[-1]
+    assert rtx.state == "builds only"
+    assert "aborts the process" in rtx.needs[-1]
+    assert environment.fix() == [f"{libraries / 'libtensorrt_rtx.so'} -> libtensorrt_rtx.so.1"]
+    assert (libraries / "libtensorrt_rtx.so").resolve() == libraries / "libtensorrt_rtx.so.1"
+    assert environment.fix() == []
+    assert len(doctor().targets[-1].needs) == 1
