@@ -11,9 +11,10 @@ for every output, not guessed. An output passes if
 with u the unit roundoff of the dtype. The second terms are the rounding of the result itself,
 which no computation can beat: they matter only where PyTorch happens to be exact. The mean has a
 bound of its own because a maximum over many elements is loose for an error that is small and
-everywhere. Attention alone, looked at by itself, has a third term, 4 * 2^-24 * sqrt(keys) * largest
-magnitude: PyTorch adds up long rows of keys in blocks, and a runtime that adds them one by one is
-right too. Nothing here depends on the size of a model's weights, sums or logits.
+everywhere. Attention looked at by itself, and all outputs behind long contexts, have a third term,
+4 * 2^-24 * sqrt(keys) * magnitude: PyTorch adds up long rows of keys in blocks, and a runtime that
+adds them one by one is right too. Nothing here depends on the size of a model's weights, sums or
+logits.
 """
 
 from dataclasses import dataclass
@@ -39,17 +40,19 @@ class Threshold:
     def of(self, exact: _Array, native: _Array, keys: int = 0) -> float:
         """Allowed absolute error of any element; `native` is PyTorch in the bundle's arithmetic.
 
-        `keys` is of attention alone: how many each query may attend to.
+        `keys` is how many each query may attend to, where that can be many.
         """
         own = float(np.abs(native - exact).max())
         rounding = self.units * self.unit + _SUM * keys**0.5
         allowed: float = self.largest * own + rounding * float(np.abs(exact).max())
         return allowed
 
-    def mean_of(self, exact: _Array, native: _Array) -> float:
+    def mean_of(self, exact: _Array, native: _Array, keys: int = 0) -> float:
         """Allowed mean absolute error, likewise."""
         own = float(np.abs(native - exact).mean())
-        return self.mean * own + self.unit * float(np.abs(exact).mean())
+        rounding = self.unit + _SUM * keys**0.5
+        allowed: float = self.mean * own + rounding * float(np.abs(exact).mean())
+        return allowed
 
 
 THRESHOLDS = {

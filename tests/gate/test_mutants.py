@@ -1,6 +1,7 @@
 """Every kind of export bug is caught at the gate's default thresholds, and found where it is.
 
-Here each kind is committed on two layouts; `scripts/kill_table.py` runs all kinds on all layouts.
+Here each kind is committed on one layout in turn; `scripts/kill_table.py` runs all kinds on all
+layouts.
 """
 
 import pytest
@@ -16,17 +17,14 @@ NAMES = list(MUTANTS)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_is_caught_and_placed(name, zoo: Zoo, tmp_path_factory):
-    killed = 0
     for layout in _in_turn(name):
         folder = tmp_path_factory.mktemp("mutant")
         outcome = run(MUTANTS[name], zoo.bundle(**LAYOUTS[layout]), folder)
         if outcome is None or outcome.invisible is not None:
             continue
         assert outcome.problem() is None, f"{name} on {layout}: {outcome.problem()}"
-        killed += 1
-        if killed == 2:
-            return
-    assert killed, f"{name} applies to no layout"
+        return
+    pytest.fail(f"{name} applies to no layout")
 
 
 def _in_turn(name: str) -> list[str]:

@@ -9,7 +9,7 @@ from models_zoo import Zoo
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
-@pytest.mark.parametrize("seed", [0, 4, 8, 12, 32])  # one layout, both targets; lengths, threads
+@pytest.mark.parametrize("seed", [0, 8, 12])  # one layout, both targets; lengths, threads
 def test_a_correct_bundle_passes(seed, dtype, zoo: Zoo):
     trial = Trial(seed, dtype)
     report = trial.run(zoo)

@@ -1,0 +1,173 @@
+"""Launch ClaAttention: on raw device pointers and a stream, or on torch CUDA tensors."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cla_export.errors import BadInput, MissingEnvironment
+from cla_export.plugin.compile import CACHE, MERGE_WARPS, TILE, Variant, compile_kernel
+from cla_export.plugin.contract import DTYPES, Problem, check
+from cla_export.plugin.plan import Gpu, Plan, make_plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Pointers:
+    """Device addresses of a call's tensors; workspace: the plan's bytes, 16-byte aligned."""
+
+    q: int
+    key_cache: int
+    value_cache: int
+    kv_lengths: int
+    y: int
+    workspace: int = 0
+
+
+class Launcher:
+    """Compiled kernels of one GPU (None: the current one), made when a call first needs them."""
+
+    def __init__(self, device: int | None = 0, cache: Path | None = CACHE) -> None:
+        try:
+            self._core = importlib.import_module("cuda.core")
+            self._driver = importlib.import_module("cuda.bindings.driver")
+        except ImportError as error:
+            raise MissingEnvironment(
+                f"launching ClaAttention: {error}; "
+                "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc"
+            ) from error
+        self._device = self._core.Device(device)
+        self._device.set_current()
+        self._cache = cache
+        self._kernels: dict[Variant, tuple[Any, Any]] = {}
+        properties = self._device.properties
+        capability = self._device.compute_capability
+        self.gpu = Gpu(
+            (int(capability.major), int(capability.minor)),
+            int(properties.multiprocessor_count),
+            int(properties.max_shared_memory_per_block_optin),
+            int(properties.max_shared_memory_per_multiprocessor),
+        )
+
+    def plan(self, problem: Problem) -> Plan:
+        """The layout of a call on this GPU; BadInput if the call breaks the contract."""
+        check(problem)
+        return make_plan(problem, self.gpu)
+
+    def prepare(self, variant: Variant) -> tuple[Any, Any]:
+        """The two kernels of a variant, loaded: attention, and the merge of its shares."""
+        if variant not in self._kernels:
+            module = compile_kernel(variant, self.gpu.compute_capability, self._cache)
+            attention = module.get_kernel("cla_attention")
+            self._allow_shared_memory(attention, variant.shared_bytes)
+            self._kernels[variant] = attention, module.get_kernel("cla_attention_merge")
+        return self._kernels[variant]
+
+    def launch(self, problem: Problem, plan: Plan, pointers: Pointers, stream: int) -> None:
+        """Queue one call on a CUDA stream, given by its handle; nothing is synchronised."""
+        attention, merge = self.prepare(plan.variant)
+        variant, on = plan.variant, self._core.Stream.from_handle(stream)
+        shapes = [np.int32(n) for n in (
+            problem.batch, problem.kv_heads, problem.group, problem.queries, problem.capacity,
+            problem.window, plan.extra,
+        )]  # fmt: skip
+        sums = pointers.workspace + plan.items * TILE * variant.columns * 4
+        config = self._core.LaunchConfig(
+            grid=plan.grid,
+            cluster=(variant.cluster, 1, 1) if variant.cluster > 1 else None,
+            block=variant.warps * 32,
+            shmem_size=variant.shared_bytes,
+        )
+        self._core.launch(
+            on, config, attention, pointers.q, pointers.key_cache, pointers.value_cache,
+            pointers.kv_lengths, pointers.y, pointers.workspace, sums, *shapes,
+            np.int32(plan.ordered), np.float32(problem.scale), np.float32(problem.softcap),
+        )  # fmt: skip
+        if plan.merges:
+            rows = min(problem.group * problem.queries, TILE)
+            config = self._core.LaunchConfig(
+                grid=(problem.batch, rows, plan.grid[0] * plan.grid[1]),
+                block=MERGE_WARPS * 32,
+                programmatic_stream_serialization=self.gpu.has_clusters,
+            )
+            self._core.launch(
+                on, config, merge, pointers.kv_lengths, pointers.y, pointers.workspace, sums,
+                *shapes,
+            )  # fmt: skip
+
+    def _allow_shared_memory(self, kernel: Any, size: int) -> None:  # noqa: ANN401
+        """Blocks get more than 48 KiB only where the kernel is told so."""
+        driver = self._driver
+        (status,) = driver.cuKernelSetAttribute(
+            driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            size,
+            driver.CUkernel(int(kernel.handle)),
+            driver.CUdevice(self._device.device_id),
+        )
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise MissingEnvironment(f"this GPU gives a block no {size} bytes of memory: {status}")
+
+
+def problem_of(
+    q: "torch.Tensor",
+    key_cache: "torch.Tensor",
+    value_cache: "torch.Tensor",
+    kv_lengths: "torch.Tensor",
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Problem:
+    """The call that these tensors make; BadInput if they break the contract."""
+    dtype = str(q.dtype).removeprefix("torch.")
+    batch, query_heads, queries, head_dim = q.shape
+    _, kv_heads, capacity, _ = key_cache.shape
+    problem = Problem(
+        batch, query_heads, kv_heads, head_dim, capacity, queries, scale, window, softcap, dtype
+    )
+    check(problem)
+    expected = {
+        "q": (q, problem.query_shape, dtype),
+        "key_cache": (key_cache, problem.cache_shape, dtype),
+        "value_cache": (value_cache, problem.cache_shape, dtype),
+        "kv_lengths": (kv_lengths, (batch,), "int32"),
+    }
+    for name, (tensor, shape, kind) in expected.items():
+        got = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        if got != f"{shape} {kind}":
+            raise BadInput(f"ClaAttention: {name} is {got}, expected {shape} {kind}")
+        if not tensor.is_contiguous() or (kind in DTYPES and tensor.data_ptr() % 16):
+            raise BadInput(f"ClaAttention: {name} is not contiguous from a multiple of 16 bytes")
+    return problem
+
+
+def torch_attention(
+    launcher: Launcher,
+    q: "torch.Tensor",
+    key_cache: "torch.Tensor",
+    value_cache: "torch.Tensor",
+    kv_lengths: "torch.Tensor",
+    *,
+    out: "torch.Tensor | None" = None,
+    plan: Plan | None = None,
+    **attributes: Any,  # noqa: ANN401 (problem_of types them)
+) -> "torch.Tensor":
+    """Attend on torch's current stream; attributes as in the contract (scale, window, softcap).
+
+    The workspace comes from torch's allocator, so a CUDA graph can capture the call once
+    `launcher.prepare` or a first call has compiled it.
+    """
+    import torch
+
+    problem = problem_of(q, key_cache, value_cache, kv_lengths, **attributes)
+    plan = plan or launcher.plan(problem)
+    y = torch.empty_like(q) if out is None else out
+    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=q.device)
+    tensors = q, key_cache, value_cache, kv_lengths, y, workspace
+    pointers = Pointers(*(tensor.data_ptr() for tensor in tensors))
+    launcher.launch(problem, plan, pointers, torch.cuda.current_stream(q.device).cuda_stream)
+    return y
