@@ -13,12 +13,13 @@ than float32. Source: com.microsoft.MatMulNBits, version 1, as of ONNX Runtime 1
 import logging
 from dataclasses import dataclass
 from types import ModuleType
-from typing import cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, cast
 
 from cla_export.errors import BadInput, MissingEnvironment
+
+if TYPE_CHECKING:  # loaded where weights are packed: commands that only read bundles stay quick
+    import numpy as np
+    from numpy.typing import NDArray
 
 NAMES = ("int4", "int8")
 PACKED, SCALES = ".packed", ".scales"  # appended to the weight's name
@@ -52,8 +53,12 @@ class Quantization:
         blocks = -(-columns // self.block)
         return (rows, blocks, self.block * self.bits // 8), (rows, blocks)
 
-    def pack(self, weight: NDArray[np.floating]) -> tuple[NDArray[np.uint8], NDArray[np.floating]]:
+    def pack(
+        self, weight: "NDArray[np.floating]"
+    ) -> "tuple[NDArray[np.uint8], NDArray[np.floating]]":
         """Quantise a weight [N, K]: packed and scales, the scales in the weight's dtype."""
+        import numpy as np
+
         nbits = _quantizer()
         config = nbits.DefaultWeightOnlyQuantConfig(
             block_size=self.block, is_symmetric=True, bits=self.bits
@@ -63,9 +68,11 @@ class Quantization:
         return packed, scales
 
     def unpack(
-        self, packed: NDArray[np.uint8], scales: NDArray[np.floating], columns: int
-    ) -> NDArray[np.float32]:
+        self, packed: "NDArray[np.uint8]", scales: "NDArray[np.floating]", columns: int
+    ) -> "NDArray[np.float32]":
         """The weight [N, columns] that packed and scales stand for."""
+        import numpy as np
+
         whole = packed.astype(np.int16)
         if self.bits == 4:
             whole = np.stack((whole & 15, whole >> 4), -1).reshape(*whole.shape[:2], -1)
@@ -73,12 +80,14 @@ class Quantization:
         weight: NDArray[np.float32] = steps * scales.astype(np.float32).reshape(*steps.shape[:2], 1)
         return weight.reshape(len(weight), -1)[:, :columns]
 
-    def largest_error(self, weight: NDArray[np.floating]) -> NDArray[np.float32]:
+    def largest_error(self, weight: "NDArray[np.floating]") -> "NDArray[np.float32]":
         """How far off each element of a weight [N, K] may be: half a step of its block's scale.
 
         At the end of the range it is a whole step: the scale is laid so that the largest element
         fits on the side that has one step more, and its like on the other side does not.
         """
+        import numpy as np
+
         rows, columns = weight.shape
         sizes = np.abs(weight.astype(np.float32))
         padded = np.pad(sizes, ((0, 0), (0, -columns % self.block)))

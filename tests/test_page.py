@@ -323,7 +323,8 @@ def test_cells_name_rows_and_positions():
     assert places(ragged.name)[0] == "row 0, position 0 to 11"
     assert places(ragged.name)[4] == "row 0, position 48 to row 1, position 6"
     assert places(ragged.name)[-1] == "row 3, position 125 to 135"
-    assert places(batched.name, "logits")[0] == "row 0, position 123"
+    assert batched.feed["logits_from"].tolist() == [52, 123, 0]
+    assert places(batched.name, "logits")[0] == "row 0, position 52"
     assert "logits: 27 positions compared." in page.words
     assert prefix.feed["logits_from"].tolist() == [68]
     assert places(prefix.name, "logits")[0] == "row 0, position 68"
