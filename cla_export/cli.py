@@ -72,10 +72,20 @@ class Quantize(StrEnum):
     int8 = "int8"
 
 
+class ParityTarget(StrEnum):
+    """What runs a bundle that is compared with PyTorch."""
+
+    onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
 class Backend(StrEnum):
     """What runs a bundle."""
 
     onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
     torch = "torch"
 
 
@@ -83,7 +93,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard out
 Source = Annotated[Path, typer.Argument(help="Model folder: config.json, model.safetensors, ...")]
 BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, as export writes it.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
-Threads = Annotated[int | None, typer.Option(help="Intra-operator threads.")]
+Threads = Annotated[int | None, typer.Option(help="Intra-operator threads; onnxruntime.")]
+EngineFolder = Annotated[
+    Path | None, typer.Option(help="TensorRT engine's folder, where the bundle has several.")
+]
 
 
 def main() -> None:
@@ -249,6 +262,11 @@ def build(
 def parity(
     bundle: BundleFolder,
     reference: Annotated[Path | None, typer.Option(help="Model folder to compare with.")] = None,
+    target: Annotated[
+        ParityTarget | None,
+        typer.Option(help="What runs it; by default what the bundle was exported for."),
+    ] = None,
+    engine: EngineFolder = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for JSON, JUnit, Markdown, HTML.")
     ] = None,
@@ -267,7 +285,7 @@ def parity(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove a bundle equal to its PyTorch model; exit 1 if it is not."""
+    """Prove a bundle equal to its PyTorch model; exit 1 if it is not, 3 if it cannot run here."""
     from cla_export.compare.files import failure, write_report
     from cla_export.views.parity import render
 
@@ -275,6 +293,8 @@ def parity(
         found = cla_export.parity(
             bundle,
             reference,
+            target=None if target is None else target.value,
+            engine=engine,
             text=text,
             threads=threads,
             baseline=baseline,
@@ -294,7 +314,11 @@ def generate(
     bundle: BundleFolder,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     tokens: Annotated[int, typer.Option("-n", "--tokens", help="New tokens at most.")] = 64,
-    backend: Annotated[Backend, typer.Option(help="What runs the bundle.")] = Backend.onnxruntime,
+    backend: Annotated[
+        Backend | None,
+        typer.Option(help="What runs it; by default what the bundle was exported for."),
+    ] = None,
+    engine: EngineFolder = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling: probability mass kept.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
@@ -304,7 +328,9 @@ def generate(
     """Continue a prompt, streaming the text."""
     from cla_export.sampling import Sampler
 
-    model = cla_export.load(bundle, backend=backend.value, threads=threads)
+    model = cla_export.load(
+        bundle, backend=None if backend is None else backend.value, engine=engine, threads=threads
+    )
     pieces = model.stream(prompt, tokens, Sampler(temperature, top_p, seed))
     if as_json:
         _show({"prompt": prompt, "text": "".join(pieces)})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cla_export.bundle import Bundle, open_bundle
 from cla_export.engines.executor import Executor
+from cla_export.engines.opening import open_executor
 from cla_export.errors import BadInput, BundleError
 from cla_export.sampling import Sampler
 from cla_export.tokenizer import load_tokenizer
@@ -15,7 +16,6 @@ from cla_export.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BACKENDS = ("onnxruntime", "torch")
 _CHUNK = 512  # prompt tokens per prefill call
 
 
@@ -98,35 +98,27 @@ class LoadedModel:
 def load(
     bundle: Bundle | Path | str,
     *,
-    backend: str = "onnxruntime",
+    backend: str | None = None,
+    engine: Path | None = None,
     capacity: int | None = None,
     slots: int = 1,
     threads: int | None = None,
 ) -> LoadedModel:
-    """Open a bundle for running.
+    """Open a bundle for running. Options and errors as for `engines.opening.open_executor`.
 
     Args:
         bundle: an opened bundle, or its folder (verified before use).
-        backend: `onnxruntime`, or `torch`: the model folder it was exported from, in PyTorch.
+        backend: what runs it; None: what it was exported for.
+        engine: folder of a TensorRT engine; None: the only one that the bundle has.
         capacity: tokens a slot can hold; None for all of the model's positions.
         slots: rows that can run side by side.
         threads: intra-operator threads (onnxruntime only).
     """
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
-    executor: Executor
-    if backend == "onnxruntime":
-        from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
-
-        executor = OnnxRuntimeExecutor(bundle, capacity=capacity, slots=slots, threads=threads)
-    elif backend == "torch":
-        from cla_export.engines.torch import TorchExecutor
-        from cla_export.models.checkpoint import load_model, open_checkpoint
-
-        model = load_model(open_checkpoint(bundle.source))
-        executor = TorchExecutor(model, capacity=capacity or bundle.max_positions, slots=slots)
-    else:
-        raise BadInput(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    executor = open_executor(
+        bundle, backend, engine=engine, capacity=capacity, slots=slots, threads=threads
+    )
     return LoadedModel(bundle, executor, load_tokenizer(bundle.folder), _end_tokens(bundle.folder))
 
 

@@ -23,7 +23,8 @@ from cla_export.models import family_of
 from cla_export.rewrite import rewrite
 
 GRAPHS = Path(__file__).resolve().parents[1] / "graphs"
-STAGES = ("canonical", "onnxruntime")
+TARGETS = {"float32": ("onnxruntime",), "float16": ("tensorrt",)}  # by what they are traced in
+STAGES = ("canonical", *(target for targets in TARGETS.values() for target in targets))
 DIFF_LINES = 40  # of each file
 
 
@@ -77,17 +78,24 @@ def layout_goldens(name: str, config: dict[str, object]) -> dict[str, str]:
 
     family = family_of(config)
     spec = family.read_spec(config)
-    canonical = rewrite(trace(family, spec, torch.float32), spec.layout)
-    lowered = lower("onnxruntime", canonical.model, spec.layout)
-    choices = zip(lowered.attention, lowered.reasons, strict=True)
-    groups = [f"group {index}: {operator} ({why})" for index, (operator, why) in enumerate(choices)]
     title = f"{spec.layout.describe()}; kv_owner {list(spec.layout.kv_owner)}"
-    return {
-        golden_of(name, "canonical"): to_text(canonical.model, [f"{name}, canonical: {title}"]),
-        golden_of(name, "onnxruntime"): to_text(
-            lowered.model, [f"{name}, for onnxruntime: {title}", *groups]
-        ),
-    }
+    made = {}
+    for dtype, targets in TARGETS.items():
+        canonical = rewrite(trace(family, spec, getattr(torch, dtype)), spec.layout)
+        if "onnxruntime" in targets:
+            text = to_text(canonical.model, [f"{name}, canonical: {title}"])
+            made[golden_of(name, "canonical")] = text
+        for target in targets:
+            lowered = lower(target, canonical.model, spec.layout)
+            groups = [
+                f"group {index}: {operator} ({why})"
+                for index, (operator, why) in enumerate(
+                    zip(lowered.attention, lowered.reasons, strict=True)
+                )
+            ]
+            heading = f"{name}, for {target}: {title}"
+            made[golden_of(name, target)] = to_text(lowered.model, [heading, *groups])
+    return made
 
 
 def check(graphs: Path, made: dict[str, str], stale: list[str]) -> int:

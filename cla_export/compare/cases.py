@@ -75,6 +75,12 @@ class Case:
         """Places that the longest row takes."""
         return int((self.feed["held"] + self.feed["prompts"] + self.feed["steps"]).max())
 
+    @property
+    def slots(self) -> int:
+        """Slots that it takes, those before its first one included."""
+        rows = 1 if self.is_far else len(self.feed["prompts"])
+        return int(self.feed["first_slot"]) + rows
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -85,29 +91,31 @@ class Setup:
     slots: int
 
 
-def case_length(layout: KVLayout, max_positions: int) -> int:
+def case_length(layout: KVLayout, positions: int) -> int:
     """Tokens per row: past every sliding window that is not longer than 600 tokens."""
     windows = [window for window in layout.window if window is not None]
     wanted = max([_LENGTH, *(window + 40 for window in windows)])
-    return min(wanted, _LONGEST, max_positions)
+    return min(wanted, _LONGEST, positions)
 
 
-def far_positions(layout: KVLayout, dtype: str, max_positions: int) -> int:
-    """Places of a slot that reaches the last position, or as far as 256 MiB of caches do."""
-    return min(max_positions, _FAR_BYTES // layout.bytes_per_token(dtype))
+def far_positions(layout: KVLayout, dtype: str, positions: int) -> int:
+    """Places of a slot that reaches the last of these, or as far as 256 MiB of caches do."""
+    return min(positions, _FAR_BYTES // layout.bytes_per_token(dtype))
 
 
 def make_setups(
-    bundle: Bundle, length: int, stream: Sequence[int], seed: int, weights: int
+    bundle: Bundle, positions: int, stream: Sequence[int], seed: int, weights: int
 ) -> tuple[Setup, Setup]:
     """Near: slots as long as rows, filled to the last place by some, with room behind others.
 
     Far: one slot as long as the context, or as far as its caches may grow. A long call is left out
-    where a model of so many weights would take minutes for it.
+    where a model of so many weights would take minutes for it. No slot can have more than
+    `positions` places.
     """
+    length = case_length(bundle.layout, positions)
     near = make_cases(length, stream, seed)
     near.append(token_case(length, bundle.vocab_size, bundle.special_tokens()))
-    reach = far_positions(bundle.layout, bundle.dtype, bundle.max_positions)
+    reach = far_positions(bundle.layout, bundle.dtype, positions)
     far = [far_case(reach, stream)]
     long = long_case(reach, stream)
     if length < long.positions and weights * long.positions <= _LONG_WORK:

@@ -4,6 +4,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -37,7 +38,9 @@ from cla_export.compare.text import SEED, token_stream
 from cla_export.compare.thresholds import Threshold, threshold_of
 from cla_export.engines.executor import Executor
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
-from cla_export.errors import BundleError, RunError
+from cla_export.engines.opening import backend_of, open_executor
+from cla_export.engines.tensorrt_build import FLAVOURS
+from cla_export.errors import BadInput, BundleError, RunError
 from cla_export.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from cla_export.models.cla import ClaDecoder
 
@@ -60,7 +63,10 @@ def compare_bundle(
     threads: int | None = None,
     baseline: Path | None = None,
     debug_dir: Path | None = None,
-    engine: type[OnnxRuntimeExecutor] = OnnxRuntimeExecutor,
+    target: str | None = None,
+    engine: Path | None = None,
+    executor: Executor | None = None,
+    onnxruntime: type[OnnxRuntimeExecutor] = OnnxRuntimeExecutor,
     progress: Progress = _silent,
 ) -> ParityReport:
     """Compare a bundle with the PyTorch model it was exported from.
@@ -73,12 +79,17 @@ def compare_bundle(
         threads: intra-operator threads of the runtime.
         baseline: parity.json of an earlier run; what was better then is a regression.
         debug_dir: folder to write the first failing call to, with the commands that run it again.
-        engine: the executor to run the bundle with, in the first divergence's replay too.
+        target: what runs the bundle: `onnxruntime`, `tensorrt` or `tensorrt-rtx`; None: what it was
+            exported for.
+        engine: folder of a TensorRT engine; None: the only one that the bundle has.
+        executor: run all cases with this, in place of what `target` names.
+        onnxruntime: ONNX Runtime's executor, in the first divergence's replay too.
         progress: called with (what, done, of).
 
     Raises:
         BundleError: the reference is gone or is another model.
-        BadInput: the text or the baseline cannot be used.
+        BadInput: the text, the baseline or the target cannot be used.
+        MissingEnvironment: the target is not installed, or has no GPU to run on.
 
     A breach is no exception, and neither is a graph that the runtime refuses: read `passed` of the
     report.
@@ -89,6 +100,18 @@ def compare_bundle(
     if debug_dir is not None:
         check_debug_dir(debug_dir)
     stored = None if baseline is None else read_baseline(baseline)
+    if executor is None and backend_of(bundle, target) != "onnxruntime":
+        executor = open_executor(bundle, target, engine=engine)
+    elif engine is not None:
+        raise BadInput(f"{engine}: the bundle runs on onnxruntime, which takes no engine")
+    if executor is not None and debug_dir is not None:
+        raise BadInput(
+            f"--debug-dir: {executor.backend} shows no values inside; export the model for "
+            "onnxruntime too and run parity there, which finds what the graph has wrong"
+        )
+    positions = bundle.max_positions
+    if executor is not None:
+        positions = min(positions, executor.capacity)
     folder = Path(reference) if reference is not None else bundle.source
     checkpoint = _checkpoint(bundle, folder)
     stream, origin = token_stream(bundle, text, seed)
@@ -100,12 +123,12 @@ def compare_bundle(
         target=bundle.target,
         dtype=bundle.dtype,
         arithmetic=arithmetic,
-        backend="onnxruntime",
+        backend="onnxruntime" if executor is None else executor.backend,
         tokens=origin,
         seed=seed,
-        length=case_length(bundle.layout, bundle.max_positions),
+        length=case_length(bundle.layout, positions),
         kv_layout=bundle.layout.to_json(),
-        tools={name: version(name) for name in _TOOLS},
+        tools=_tools(executor),
         machine=_machine(threads),
     )
     model = load_model(checkpoint)
@@ -118,8 +141,10 @@ def compare_bundle(
         sides = _sides(bundle, checkpoint, model, report)
         held = _made_up(sides, np.resize(np.asarray(stream, np.int64), _HELD), bundle.dtype)
         size = sum(parameter.numel() for parameter in model.parameters())
-        setups = make_setups(bundle, report.length, stream, seed, size)
-        run = _Run(bundle, sides, threshold, held, setups, engine, threads, report, progress)
+        setups = make_setups(bundle, positions, stream, seed, size)
+        run = _Run(
+            bundle, sides, threshold, held, setups, onnxruntime, executor, threads, report, progress
+        )
         run.compare()
         run.generate(stream, unquantized)
         run.look_inside(debug_dir)
@@ -135,7 +160,8 @@ def compare_bundle(
 class _Run:
     """One comparison: everything its steps have in common. Each adds to the report.
 
-    A step opens its own executor and lets it go, since weights are large. What a runtime refuses is
+    A step opens its own executor and lets it go, since weights are large, unless it is given one
+    for all. What a runtime refuses is
     a finding too: the report says so, and whatever else can run does.
     """
 
@@ -144,15 +170,18 @@ class _Run:
     threshold: Threshold
     held: GroupKV
     setups: tuple[Setup, Setup]  # near and far
-    engine: type[OnnxRuntimeExecutor]
+    onnxruntime: type[OnnxRuntimeExecutor]
+    executor: Executor | None  # runs all cases, if given
     threads: int | None
     report: ParityReport
     progress: Progress
 
     def compare(self) -> None:
         """All cases, on both sides."""
-        self.report.notes += _unreached(self.bundle, self.setups[1].capacity)
+        self.report.notes += _unreached(self.bundle, self.setups[1].capacity, self.executor)
         for setup in self.setups:
+            if self.executor is not None:
+                self.report.notes += _leave_out(setup, self.executor.slots)
             self.report.cases += [shape_of(case) for case in setup.cases]
             with self._faults():
                 executor = self._open(setup)
@@ -176,11 +205,17 @@ class _Run:
     def look_inside(self, debug_dir: Path | None) -> None:
         """Replay every case with every layer in view; report the first that fails, or one."""
         report = self.report
+        if self.executor is not None:
+            report.notes.append(
+                f"{self.executor.backend}: an engine shows no values inside, so caches and logits "
+                "were compared, and no layer by itself"
+            )
+            return
         failed = {result.case for result in report.tensors if not result.passed}
         wrong: tuple[Setup, Case] | None = None
         for setup in self.setups:
             with self._faults():
-                executor = open_marked(self.bundle, setup, self.engine)
+                executor = open_marked(self.bundle, setup, self.onnxruntime)
                 for index, case in enumerate(setup.cases):
                     self.progress(f"layers of case {case.name}", index, len(setup.cases))
                     found, calls = self._steps(executor, case)
@@ -206,9 +241,9 @@ class _Run:
     def _leave(self, folder: Path, setup: Setup, case: Case) -> None:
         """Write the call that went wrong to a folder."""
         bundle, report = self.bundle, self.report
-        calls = run_marked(open_marked(bundle, setup, self.engine), case, self.held)
+        calls = run_marked(open_marked(bundle, setup, self.onnxruntime), case, self.held)
         number = call_of_interest(report, case, calls)
-        executor = open_marked(bundle, setup, self.engine, record=number)
+        executor = open_marked(bundle, setup, self.onnxruntime, record=number)
         run_marked(executor, case, self.held)
         limits = {r.output: r.tolerance for r in report.tensors if r.case == case.name}
         report.debug = write_call(
@@ -216,7 +251,7 @@ class _Run:
         )
 
     def _open(self, setup: Setup) -> Executor:
-        executor = self.engine(
+        executor = self.executor or self.onnxruntime(
             self.bundle, capacity=setup.capacity, slots=setup.slots, threads=self.threads
         )
         fill_with_garbage(executor)
@@ -305,13 +340,29 @@ def _made_up(sides: Reference, tokens: np.ndarray, dtype: str) -> GroupKV:
     return [(stored(key), stored(value)) for key, value in sides.exact.forward(tokens)[1]]
 
 
-def _unreached(bundle: Bundle, reached: int) -> Iterator[str]:
+def _tools(executor: Executor | None) -> dict[str, str]:
+    """Versions of what took part."""
+    found = {name: version(name) for name in _TOOLS}
+    if executor is not None and executor.backend in FLAVOURS:
+        found[executor.backend] = str(import_module(FLAVOURS[executor.backend]).__version__)
+    return found
+
+
+def _leave_out(setup: Setup, slots: int) -> Iterator[str]:
+    """Take away the cases that need more slots than there are; a note that says so."""
+    left = [case.name for case in setup.cases if case.slots > slots]
+    setup.cases[:] = [case for case in setup.cases if case.slots <= slots]
+    if left:
+        yield f"not run, since {slots} slots are too few for them: {', '.join(left)}"
+
+
+def _unreached(bundle: Bundle, reached: int, executor: Executor | None) -> Iterator[str]:
     """What no case gets to."""
     if reached < bundle.max_positions:
-        yield (
-            f"positions from {reached:,} to {bundle.max_positions - 1:,} were not run: caches that "
-            "reach them would be large"
-        )
+        why = "caches that reach them would be large"
+        if executor is not None and reached == executor.capacity:
+            why = "the engine was not built for them"
+        yield f"positions from {reached:,} to {bundle.max_positions - 1:,} were not run: {why}"
     for window in sorted({w for w in bundle.layout.window if w is not None and w >= reached}):
         yield f"no case reaches past the window of {window}"
 

@@ -135,24 +135,26 @@ def fill_with_garbage(executor: Executor) -> None:
     """Stale numbers in every slot: reading past a row's length must not go unnoticed."""
     generator = np.random.default_rng(0)
     for group in range(executor.layout.num_groups):
-        for pool in executor.cache(group):
-            for slot in pool:  # one at a time: pools can be large
-                slot[...] = (generator.standard_normal(slot.shape) * 50).astype(pool.dtype)
+        for slot in range(executor.slots):  # one at a time: pools can be large
+            keys, values = (
+                (generator.standard_normal(part.shape) * 50).astype(part.dtype)
+                for part in executor.read(group, slot)
+            )
+            executor.write(group, slot, keys, values)
 
 
 def fill_with(executor: Executor, slot: int, held: GroupKV | None) -> None:
     """Put keys and values [T, Hkv, D] of each group into the first places of a slot."""
-    for group, pair in enumerate(held or []):
-        for pool, part in zip(executor.cache(group), pair, strict=True):
-            pool[slot, :, : len(part)] = part.transpose(1, 0, 2)
+    for group, (keys, values) in enumerate(held or []):
+        executor.write(group, slot, keys.transpose(1, 0, 2), values.transpose(1, 0, 2))
 
 
 def cache_rows(executor: Executor, slot: int, start: int, end: int) -> list[NDArray[np.float32]]:
     """Places of a slot: each group's keys, then its values, [end - start, Hkv, D]."""
     return [
-        pool[slot][:, start:end].astype(np.float32).transpose(1, 0, 2)
+        part[:, start:end].astype(np.float32).transpose(1, 0, 2)
         for group in range(executor.layout.num_groups)
-        for pool in executor.cache(group)
+        for part in executor.read(group, slot)
     ]
 
 

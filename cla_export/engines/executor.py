@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from cla_export.errors import BadInput
 from cla_export.layout import KVLayout
 
+Array = NDArray[np.generic]
 Logits = NDArray[np.float32]
-Cache = tuple[NDArray[np.generic], NDArray[np.generic]]  # keys, values: [slots, Hkv, C, D]
+Cache = tuple[Array, Array]  # keys and values
 
 
 class Executor(Protocol):
     """Runs steps of one model over its own slots."""
 
+    backend: str  # what runs them: onnxruntime, tensorrt, tensorrt-rtx or torch
     layout: KVLayout
     capacity: int  # tokens a slot can hold
     slots: int
@@ -36,12 +38,17 @@ class Executor(Protocol):
     def decode(self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """Append one token to each of consecutive slots that hold `lengths`; logits [B, V]."""
 
-    def cache(self, group: int) -> Cache:
-        """The group's pools, as they are: views, not copies."""
+    def read(self, group: int, slot: int) -> Cache:
+        """Keys and values that a slot holds, each [Hkv, C, D]; to be read only."""
+
+    def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
+        """Put keys and values, each [Hkv, T, D], into the first places of a slot."""
 
 
 class PooledExecutor(ABC):
-    """Checks rows and arranges them as a batch; a runtime implements `_run` and `cache`."""
+    """Checks rows and arranges them as a batch; a runtime implements the rest."""
+
+    backend: str
 
     def __init__(self, layout: KVLayout, capacity: int, slots: int, vocab_size: int) -> None:
         if capacity < 1 or slots < 1:
@@ -115,5 +122,9 @@ class PooledExecutor(ABC):
         """Run checked rows: input_ids [B, S], starts and counts [B]; logits [B, keep, V]."""
 
     @abstractmethod
-    def cache(self, group: int) -> Cache:
-        """The group's pools."""
+    def read(self, group: int, slot: int) -> Cache:
+        """As `Executor.read`."""
+
+    @abstractmethod
+    def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
+        """As `Executor.write`."""

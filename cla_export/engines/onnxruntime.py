@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cla_export.bundle import Bundle
-from cla_export.engines.executor import Cache, Logits, PooledExecutor
+from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
 from cla_export.errors import BadInput, MissingEnvironment, RunError
 from cla_export.rewrite.keep_last_logits import KEEP
 
@@ -28,6 +28,8 @@ class OnnxRuntimeExecutor(PooledExecutor):
         threads: intra-operator threads, None for ONNX Runtime's own choice.
         graph: run this in place of the bundle's graph, over the bundle's weights.
     """
+
+    backend = "onnxruntime"
 
     def __init__(
         self,
@@ -59,7 +61,16 @@ class OnnxRuntimeExecutor(PooledExecutor):
         self._views: dict[tuple[int, int], list[tuple[str, Any]]] = {}
 
     def cache(self, group: int) -> Cache:
+        """The group's pools themselves, [slots, Hkv, C, D]."""
         return self._pools[group]
+
+    def read(self, group: int, slot: int) -> Cache:
+        keys, values = self._pools[group]
+        return keys[slot], values[slot]
+
+    def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
+        for pool, new in zip(self._pools[group], (keys, values), strict=True):
+            pool[slot, :, : new.shape[1]] = new
 
     def _run(
         self,

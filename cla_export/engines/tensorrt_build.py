@@ -147,6 +147,7 @@ def build(
                 **asdict(options),
                 "compute_capabilities": list(options.compute_capabilities),
             },
+            "gpu": gpus[0].name if (gpus := nvidia_gpus()[0]) else None,
             "dtype": bundle.dtype,
             "profiles": request["profiles"],
             "engine": {
@@ -202,7 +203,12 @@ def _label(options: BuildOptions) -> str:
             "tensorrt builds on the kind of GPU that runs the engine, and there is none here: "
             f"{note}"
         )
-    return re.sub(r"[^a-z0-9]+", "-", gpus[0].name.lower())
+    return gpu_label(gpus[0].name)
+
+
+def gpu_label(name: str) -> str:
+    """A GPU's name as folders have it: nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 def _check(bundle: Bundle, options: BuildOptions) -> None:
@@ -353,18 +359,54 @@ def _environment(options: BuildOptions, scratch: Path) -> Iterator[dict[str, str
     yield environment
 
 
+def find_engine(bundle: Bundle, flavour: str | None = None) -> Path:
+    """The only engine that a bundle has of a flavour (None: of its target); BundleError if none."""
+    kind = flavour or bundle.target
+    found = sorted(path.parent for path in (bundle.folder / "engines").glob(f"*/{RECORD}"))
+    found = [folder for folder in found if folder.name.rpartition("-")[0].endswith(f"-{kind}")]
+    if not found:
+        raise BundleError(
+            f"{bundle.folder}: no engine for {kind}; build one: "
+            f"cla-export build {bundle.folder} --target {kind}"
+        )
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise BundleError(
+            f"{bundle.folder}: {len(found)} engines for {kind} ({names}); name one: --engine "
+            f"{found[0]}"
+        )
+    return found[0]
+
+
+def rebuild_command(
+    bundle: Bundle, record: dict[str, Any], *, compute_capability: str | None = None
+) -> str:
+    """The command that builds an engine again as it was, or for another compute capability."""
+    options = record["options"]
+    parts = [f"cla-export build {bundle.folder} --target {record['flavour']}"]
+    parts += [f"--{name} {options[name]}" for name in ("capacity", "slots", "chunk")]
+    capabilities = options["compute_capabilities"]
+    if capabilities and compute_capability is not None:
+        capabilities = [compute_capability]
+    if capabilities:
+        parts.append(f'--compute-capability "{" ".join(capabilities)}"')
+    flags = ("refit", "strip", "weight_streaming", "version_compatible")
+    parts += [f"--{name.replace('_', '-')}" for name in flags if options[name]]
+    if options["timing_cache"] is not None:
+        parts.append(f"--timing-cache {options['timing_cache']}")
+    return " ".join([*parts, "--force"])
+
+
 def open_engine(bundle: Bundle, folder: Path) -> Built:
     """Check that an engine was built from this bundle's graph and is whole, before it is loaded."""
-    again = f"cla-export build {bundle.folder}"
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        options, flavour = record["options"], record["flavour"]
+        again = rebuild_command(bundle, record)
         engine, digest = record["engine"], record["graph_sha256"]
-        again += f" --target {flavour} --capacity {options['capacity']} --slots {options['slots']}"
-        again += f" --chunk {options['chunk']} --force"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(
-            f"{folder}: not an engine folder ({error!r}); build it: {again}"
+            f"{folder}: not an engine folder ({error!r}); build it: cla-export build "
+            f"{bundle.folder}"
         ) from error
     path = folder / ENGINE
     if digest != graph_digest(bundle):

@@ -5,12 +5,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cla_export.engines.executor import Cache, Logits, PooledExecutor
+from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
 from cla_export.models.cla import KV, ClaDecoder
 
 
 class TorchExecutor(PooledExecutor):
     """Runs a decoder in PyTorch on the CPU, in the dtype of its parameters."""
+
+    backend = "torch"
 
     def __init__(self, model: ClaDecoder, *, capacity: int, slots: int = 1) -> None:
         spec = model.spec
@@ -23,8 +25,17 @@ class TorchExecutor(PooledExecutor):
             self._pools.append((torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)))
 
     def cache(self, group: int) -> Cache:
+        """The group's pools, [slots, Hkv, C, D]: themselves where they are float32."""
         key, value = self._pools[group]
         return key.float().numpy(), value.float().numpy()
+
+    def read(self, group: int, slot: int) -> Cache:
+        key, value = self._pools[group]
+        return key[slot].float().numpy(), value[slot].float().numpy()
+
+    def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
+        for pool, new in zip(self._pools[group], (keys, values), strict=True):
+            pool[slot, :, : new.shape[1]] = torch.from_numpy(new.astype(np.float32))
 
     @torch.inference_mode()
     def _run(

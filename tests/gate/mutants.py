@@ -166,5 +166,5 @@ def run(mutant: Mutant, bundle: Bundle, folder: Path) -> Outcome | None:
     why = mutant.invisible(subject)
     spoilt = subject.save(folder)
     with patch("polygraphy.comparator.util.log_output_stats"):  # half the time, and never read
-        report = compare_bundle(spoilt, threads=1, engine=subject.engine)
+        report = compare_bundle(spoilt, threads=1, onnxruntime=subject.engine)
     return Outcome(mutant, place, report, why)

@@ -142,7 +142,9 @@ def test_an_engine_of_another_graph_or_a_damaged_one_is_refused(zoo: Zoo, tmp_pa
     (folder / ENGINE).write_bytes(b"no engine")
     with pytest.raises(BundleError, match="changed after it was built") as caught:
         open_engine(bundle, folder)
-    assert "--capacity 64 --slots 4 --chunk 16 --force" in str(caught.value)
+    assert '--capacity 64 --slots 4 --chunk 16 --compute-capability "8.9" --force' in str(
+        caught.value
+    )
     (folder / RECORD).write_text(json.dumps({**record, "options": {}}))
     with pytest.raises(BundleError, match="not an engine folder"):
         open_engine(bundle, folder)

@@ -1,0 +1,118 @@
+"""Memory and work on one GPU, as an executor needs them, through NVIDIA's cuda-core.
+
+Everything happens in the order of one stream. What is allocated lives as long as this object.
+"""
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cla_export.errors import MissingEnvironment, RunError
+
+Work = Callable[[], None]
+
+
+class Memory(Protocol):
+    """Device memory by address. `stream` is the handle of the stream that orders everything."""
+
+    stream: int
+
+    def allocate(self, size: int) -> int:
+        """Address of `size` new bytes, zeroed, a multiple of 256."""
+
+    def free(self, address: int) -> None:
+        """Give back what `allocate` gave, once no queued work uses it."""
+
+    def upload(self, address: int, array: NDArray[np.generic]) -> None:
+        """Copy a contiguous array to an address; the array may change as soon as this returns."""
+
+    def download(self, address: int, array: NDArray[np.generic]) -> None:
+        """Fill a contiguous array from an address, after all work before it."""
+
+    def capture(self, work: Work) -> Work:
+        """What queues that work again as one launch: addresses and shapes are as they were."""
+
+
+class CudaMemory:
+    """Memory of a GPU of this machine.
+
+    Raises:
+        MissingEnvironment: there is no driver or no GPU, or cuda-core is not installed.
+        RunError: the GPU has no room for an allocation.
+    """
+
+    def __init__(self, device: int = 0) -> None:
+        try:
+            self._core = importlib.import_module("cuda.core")
+            self._device = self._core.Device(device)
+            self._device.set_current()
+        except ImportError as error:
+            raise MissingEnvironment(
+                f"a TensorRT engine runs through cuda-core: {error}; "
+                "pip install cuda-core cuda-bindings"
+            ) from error
+        except Exception as error:  # cuda-core's own, for a missing driver and a missing GPU alike
+            raise MissingEnvironment(f"no GPU to run on: {error}") from error
+        capability = self._device.compute_capability
+        self.compute_capability = f"{capability.major}.{capability.minor}"
+        self.name = str(self._device.name)
+        self._stream = self._device.create_stream()
+        self.stream = int(self._stream.handle)
+        self._pinned = self._core.LegacyPinnedMemoryResource()
+        self._buffers: dict[int, Any] = {}
+        self._staging: tuple[Any, NDArray[np.uint8]] | None = None
+
+    def allocate(self, size: int) -> int:
+        try:
+            buffer = self._device.allocate(size, stream=self._stream)
+        except Exception as error:  # cuda-core's own
+            raise RunError(
+                f"{self.name} has no {size:,} bytes left ({error}); take fewer slots or a smaller "
+                "capacity"
+            ) from error
+        buffer.fill(0, stream=self._stream)
+        address = int(buffer.handle)
+        self._buffers[address] = buffer
+        return address
+
+    def free(self, address: int) -> None:
+        self._buffers.pop(address).close(self._stream)
+
+    def upload(self, address: int, array: NDArray[np.generic]) -> None:
+        self._stream.sync()  # what was staged before may still be on its way
+        staged, host = self._stage(array.nbytes)
+        host[: array.nbytes] = _bytes(np.ascontiguousarray(array))
+        staged.copy_to(self._part(address, array.nbytes), stream=self._stream)
+
+    def download(self, address: int, array: NDArray[np.generic]) -> None:
+        staged, host = self._stage(array.nbytes)
+        self._part(address, array.nbytes).copy_to(staged, stream=self._stream)
+        self._stream.sync()
+        _bytes(array)[:] = host[: array.nbytes]
+
+    def capture(self, work: Work) -> Work:
+        builder = self._stream.create_graph_builder().begin_building("relaxed")
+        work()
+        graph = builder.end_building().complete()
+        return lambda: graph.launch(self._stream)
+
+    def _stage(self, size: int) -> tuple[Any, NDArray[np.uint8]]:
+        """That much pinned host memory, as a buffer and as the array it lies in."""
+        if self._staging is None or len(self._staging[1]) < size:
+            room = max(size, 1 << 16)
+            buffer = self._pinned.allocate(room, stream=self._stream)
+            memory = (ctypes.c_uint8 * room).from_address(int(buffer.handle))
+            self._staging = buffer, np.ctypeslib.as_array(memory)
+        buffer, host = self._staging
+        return self._part(int(buffer.handle), size), host
+
+    def _part(self, address: int, size: int) -> Any:  # noqa: ANN401
+        return self._core.Buffer.from_handle(address, size)
+
+
+def _bytes(array: NDArray[np.generic]) -> NDArray[np.uint8]:
+    return array.reshape(-1).view(np.uint8)

@@ -1,0 +1,80 @@
+"""From a bundle and a backend's name to the executor that runs it: the one place that knows all."""
+
+from pathlib import Path
+
+from cla_export.bundle import Bundle
+from cla_export.engines.executor import Executor
+from cla_export.engines.tensorrt_build import FLAVOURS
+from cla_export.errors import BadInput
+
+BACKENDS = ("onnxruntime", *FLAVOURS, "torch")
+
+
+def backend_of(bundle: Bundle, backend: str | None = None) -> str:
+    """What runs a bundle: the backend asked for if it can, else what it was exported for.
+
+    Raises:
+        BadInput: there is no such backend, or it runs no bundle of this target.
+    """
+    own = bundle.target if bundle.target in FLAVOURS else "onnxruntime"
+    if backend is None or backend in (own, "torch"):
+        return backend or own
+    if backend not in BACKENDS:
+        raise BadInput(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend in FLAVOURS and own in FLAVOURS:
+        return backend  # both flavours take the same graphs
+    raise BadInput(
+        f"{bundle.folder}: exported for {bundle.target}, which {backend} does not run; export it "
+        f"again: cla-export export {bundle.source} DEST --target {backend}"
+    )
+
+
+def open_executor(
+    bundle: Bundle,
+    backend: str | None = None,
+    *,
+    engine: Path | None = None,
+    capacity: int | None = None,
+    slots: int | None = None,
+    threads: int | None = None,
+) -> Executor:
+    """Open a bundle on a backend.
+
+    Args:
+        bundle: an opened bundle.
+        backend: one of `BACKENDS`; None: what the bundle was exported for. `torch` runs the model
+            folder it was exported from.
+        engine: folder of a TensorRT engine; None: the only one that the bundle has.
+        capacity: tokens a slot can hold; None: all of the model's positions, or all that an engine
+            was built for. An engine's is fixed.
+        slots: rows that can run side by side; None: one, or all that an engine was built for.
+        threads: intra-operator threads (onnxruntime only).
+
+    Raises:
+        BadInput: an option does not fit the backend, or the backend the bundle.
+        BundleError: the engine is missing, or not for this graph, version or GPU.
+        MissingEnvironment: the backend is not installed, or has no GPU to run on.
+    """
+    asked, backend = backend, backend_of(bundle, backend)
+    if engine is not None and backend not in FLAVOURS:
+        raise BadInput(f"{engine}: {backend} takes no engine; engines are of {', '.join(FLAVOURS)}")
+    if backend == "onnxruntime":
+        from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
+
+        return OnnxRuntimeExecutor(bundle, capacity=capacity, slots=slots or 1, threads=threads)
+    if backend == "torch":
+        from cla_export.engines.torch import TorchExecutor
+        from cla_export.models.checkpoint import load_model, open_checkpoint
+
+        model = load_model(open_checkpoint(bundle.source))
+        return TorchExecutor(model, capacity=capacity or bundle.max_positions, slots=slots or 1)
+    from cla_export.engines.tensorrt import TensorRTExecutor
+
+    flavour = backend if engine is None else asked
+    made = TensorRTExecutor(bundle, engine, flavour=flavour, slots=slots)
+    if capacity is not None and capacity != made.capacity:
+        raise BadInput(
+            f"capacity is {capacity}; {made.folder} was built for {made.capacity}: build it again "
+            f"with --capacity {capacity}"
+        )
+    return made

@@ -1,0 +1,348 @@
+"""The TensorRT executor: an engine over pools that are bound as past and present at once.
+
+An engine has a profile for decode, batch 1..slots of one token each, and one for prefill, batch 1
+of up to `chunk` tokens. Pools stay where they are; a call binds the addresses of its first slot.
+
+TensorRT's rules that this file keeps (developer guide, "CUDA Graphs" and "Dynamic Shapes"):
+
+    1. A captured graph depends on the shapes, addresses and state of its context. So each captured
+       size of a decode has a context of its own, which nothing changes afterwards.
+    2. Contexts may share memory for activations if they never run at the same time. All of them
+       run on one stream, so one block serves all.
+    3. After a change of shapes a context must run once before it is captured.
+    4. A cache and what is written into it have one address.
+    5. Inputs that shapes are computed from lie in host memory, and hold their values from before
+       the shapes are inferred until the call has run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from cla_export.bundle import Bundle
+from cla_export.engines.cuda_memory import Work
+from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
+from cla_export.engines.tensorrt_build import Built, find_engine, open_engine
+from cla_export.engines.tensorrt_runtime import Loaded, load_engine
+from cla_export.errors import BadInput, RunError
+from cla_export.rewrite.keep_last_logits import KEEP
+
+DECODE, PREFILL = 0, 1  # profiles, in the order of the build
+_ALIGNED = 256  # bytes
+_DTYPES: dict[str, Any] = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+}
+
+
+class TensorRTExecutor(PooledExecutor):
+    """Runs an engine on a GPU.
+
+    Args:
+        bundle: the bundle the engine was built from.
+        engine: the engine's folder; None: the only one that the bundle has of the flavour.
+        flavour: `tensorrt` or `tensorrt-rtx`; None: the bundle's target.
+        slots: rows that can run side by side; None: as many as the engine takes.
+        graphs: capture decode steps over the first slots as CUDA graphs.
+        load: loads the engine (tests pass a simulated one).
+
+    Raises:
+        BundleError: there is no such engine, or it is not for this graph, version or GPU.
+        BadInput: more slots than the engine was built for.
+        MissingEnvironment: the flavour is not installed, or there is no GPU.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Path | None = None,
+        *,
+        flavour: str | None = None,
+        slots: int | None = None,
+        graphs: bool = True,
+        load: Callable[[Bundle, Built], Loaded] = load_engine,
+    ) -> None:
+        built = open_engine(bundle, find_engine(bundle, flavour) if engine is None else engine)
+        self.backend = str(built.record["flavour"])
+        if flavour not in (None, self.backend):
+            raise BadInput(f"{built.folder}: an engine for {self.backend}, not for {flavour}")
+        options = built.record["options"]
+        most = int(options["slots"])
+        if slots is not None and slots > most:
+            raise BadInput(f"slots is {slots}; {built.folder} was built for {most}")
+        super().__init__(bundle.layout, int(options["capacity"]), slots or most, bundle.vocab_size)
+        self.folder = built.folder
+        self.chunk = int(options["chunk"])
+        self._graphs = graphs
+        self._loaded = loaded = load(bundle, built)
+        self._engine, self._memory = loaded.engine, loaded.memory
+        self._names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        self._dtypes = {name: self._dtype(name) for name in self._names}
+        self._check_aliases()
+        self._pools: dict[str, _Pool] = {}
+        for group in self.layout.groups:
+            for part in ("key", "value"):
+                shape = (group.kv_heads, self.capacity, group.head_dim)
+                dtype = np.dtype(self._dtypes[f"past_key_values.{group.index}.{part}"])
+                size = int(np.prod(shape)) * dtype.itemsize
+                address = self._memory.allocate(size * self.slots)
+                self._pools[f"{group.index}.{part}"] = _Pool(address, shape, size, dtype)
+        profiles = (DECODE, PREFILL)
+        self._activations = max(
+            int(self._engine.get_device_memory_size_for_profile_v2(p)) for p in profiles
+        )
+        self._scratch = self._memory.allocate(max(self._activations, _ALIGNED))
+        self._inputs = _Inputs(self.slots, self.chunk, self._dtypes)
+        self._inputs_at = self._memory.allocate(self._inputs.size)
+        self._logits: dict[int, tuple[int, int]] = {}  # profile -> address, rows there is room for
+        self._prefill = self._new_call(PREFILL, fixed=False)
+        self._elsewhere = self._new_call(DECODE, fixed=False)  # decode from a later slot on
+        self._steps: dict[int, _Call] = {}  # rows -> decode of the first slots
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes of GPU memory, by what they hold; weights as the engine's file has them."""
+        logits = sum(rows * self._row_bytes for _, rows in self._logits.values())
+        return {
+            "weights": self.folder.joinpath("model.engine").stat().st_size,
+            "caches": sum(pool.slot_bytes * self.slots for pool in self._pools.values()),
+            "activations": self._activations,
+            "inputs and logits": self._inputs.size + logits,
+        }
+
+    def read(self, group: int, slot: int) -> Cache:
+        parts = []
+        for part in ("key", "value"):
+            pool = self._pools[f"{group}.{part}"]
+            array = np.empty(pool.shape, pool.dtype)
+            self._memory.download(pool.address + slot * pool.slot_bytes, array)
+            parts.append(array)
+        return parts[0], parts[1]
+
+    def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
+        old = self.read(group, slot)
+        for part, whole, new in zip(("key", "value"), old, (keys, values), strict=True):
+            whole[:, : new.shape[1]] = new
+            pool = self._pools[f"{group}.{part}"]
+            self._memory.upload(pool.address + slot * pool.slot_bytes, whole)
+
+    def _run(
+        self,
+        first: int,
+        input_ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        keep: int,
+    ) -> Logits:
+        if input_ids.shape[1] == 1:
+            return self._decode(first, input_ids, starts)
+        rows = zip(input_ids, starts.tolist(), counts.tolist(), strict=True)
+        return np.stack(
+            [
+                self._prefill_row(slot, ids[:count], start, min(keep, count))
+                for slot, (ids, start, count) in enumerate(rows, first)
+            ]
+        )
+
+    def _prefill_row(
+        self, slot: int, tokens: NDArray[np.int64], start: int, keep: int
+    ) -> NDArray[np.float32]:
+        """A prompt, in as many calls as its chunks are; logits [keep, V]."""
+        kept = []
+        for at in range(0, len(tokens), self.chunk):
+            piece = tokens[at : at + self.chunk]
+            wanted = min(len(piece), at + len(piece) - (len(tokens) - keep))
+            call = self._prefill
+            self._bind(call, slot, 1, len(piece), max(1, wanted))
+            self._feed(piece[None], np.array([start + at]), max(1, wanted))
+            call.run(self._memory.stream)
+            if wanted > 0:
+                kept.append(self._take(PREFILL, 1, wanted)[0])
+        return np.concatenate(kept)
+
+    def _decode(
+        self, first: int, input_ids: NDArray[np.int64], starts: NDArray[np.int64]
+    ) -> Logits:
+        rows = len(input_ids)
+        call = self._elsewhere
+        if first == 0:
+            if rows not in self._steps:
+                self._steps[rows] = self._new_call(DECODE, fixed=True)
+            call = self._steps[rows]
+        if first != 0 or not call.runs:
+            self._bind(call, first, rows, 1, 1)
+        self._feed(input_ids, starts, 1)
+        if first == 0 and self._graphs and call.runs == 1:  # rule 3
+            call.capture(self._memory.stream, self._memory.capture)
+        call.run(self._memory.stream)
+        return self._take(DECODE, rows, 1)
+
+    def _new_call(self, profile: int, *, fixed: bool) -> "_Call":
+        context = self._loaded.new_context(fixed)
+        if context is None:
+            raise RunError(f"{self.folder}: TensorRT made no execution context; see its log")
+        context.set_device_memory(self._scratch, max(self._activations, _ALIGNED))
+        if not context.set_optimization_profile_async(profile, self._memory.stream):
+            raise RunError(f"{self.folder}: the engine has no profile {profile}; rebuild it")
+        return _Call(context, profile, str(self.folder))
+
+    def _bind(self, call: "_Call", first: int, rows: int, length: int, keep: int) -> None:
+        """Give a context the shapes and addresses of a call."""
+        context = call.context
+        call.keep[...] = keep
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_ids": (rows, length),
+            "write_indices": (rows,),
+            "kv_lengths": (rows,),
+        }
+        addresses = {
+            name: self._inputs_at + offset for name, offset in self._inputs.offsets.items()
+        }
+        for name, pool in self._pools.items():
+            shapes[f"past_key_values.{name}"] = (rows, *pool.shape)
+            at = pool.address + first * pool.slot_bytes
+            addresses[f"past_key_values.{name}"] = addresses[f"present.{name}"] = at  # rule 4
+        if self._engine.get_tensor_location(KEEP).name == "HOST":
+            addresses[KEEP] = call.keep.ctypes.data  # rule 5
+        else:
+            addresses[KEEP] = self._inputs_at + self._inputs.offsets[KEEP]
+        addresses["logits"] = self._room(call.profile, rows * keep)
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise RunError(f"{call.where}: {name} takes no shape {shape} in this profile")
+        for name in self._names:
+            if not context.set_tensor_address(name, addresses[name]):
+                raise RunError(f"{call.where}: {name} takes no address; see TensorRT's log")
+        if missing := context.infer_shapes():
+            raise RunError(f"{call.where}: {', '.join(missing)} not set before a call")
+        got, expected = tuple(context.get_tensor_shape("logits")), (rows, keep, self.vocab_size)
+        if got != expected:
+            raise RunError(f"{call.where}: logits are {got}, expected {expected}; rebuild it")
+
+    def _feed(self, input_ids: NDArray[np.int64], starts: NDArray[np.int64], keep: int) -> None:
+        self._inputs.fill(input_ids, starts, keep)
+        self._memory.upload(self._inputs_at, self._inputs.block)
+
+    def _room(self, profile: int, rows: int) -> int:
+        """Where logits of so many tokens go; decode's stays, since graphs hold its address."""
+        least = self.slots if profile == DECODE else 1
+        address, room = self._logits.get(profile, (0, 0))
+        if room < rows:
+            if address:
+                self._memory.free(address)
+            room = max(rows, least)
+            address = self._memory.allocate(room * self._row_bytes)
+            self._logits[profile] = address, room
+        return address
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.vocab_size * int(np.dtype(self._dtypes["logits"]).itemsize)
+
+    def _take(self, profile: int, rows: int, keep: int) -> Logits:
+        logits = np.empty((rows, keep, self.vocab_size), self._dtypes["logits"])
+        self._memory.download(self._logits[profile][0], logits)
+        return logits.astype(np.float32)
+
+    def _dtype(self, name: str) -> Any:  # noqa: ANN401
+        kind = self._engine.get_tensor_dtype(name).name
+        if kind not in _DTYPES:
+            raise RunError(f"{self.folder}: {name} is {kind}; expected one of {', '.join(_DTYPES)}")
+        return _DTYPES[kind]
+
+    def _check_aliases(self) -> None:
+        for name in self._names:
+            if not name.startswith("present."):
+                continue
+            past = name.replace("present.", "past_key_values.")
+            got = self._engine.get_aliased_input_tensor(name)
+            if got != past:
+                raise RunError(
+                    f"{self.folder}: {name} lies in {got or 'memory of its own'}, expected "
+                    f"{past}: the cache would not be written in place"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """A group's keys or values: slots one after another from `address` on."""
+
+    address: int
+    shape: tuple[int, int, int]  # of a slot: [Hkv, C, D]
+    slot_bytes: int
+    dtype: Any
+
+
+class _Inputs:
+    """A call's inputs in one block, so that one copy takes them to the GPU."""
+
+    def __init__(self, slots: int, chunk: int, dtypes: dict[str, Any]) -> None:
+        counts = {
+            "input_ids": max(slots, chunk),
+            "write_indices": slots,
+            "kv_lengths": slots,
+            KEEP: 1,
+        }
+        self.offsets: dict[str, int] = {}
+        self.size = 0
+        for name, count in counts.items():
+            self.offsets[name] = self.size
+            used = count * np.dtype(dtypes[name]).itemsize
+            self.size += -(-used // _ALIGNED) * _ALIGNED
+        self.block = np.zeros(self.size, np.uint8)
+        self._views = {
+            name: self.block[at : at + counts[name] * np.dtype(dtypes[name]).itemsize].view(
+                dtypes[name]
+            )
+            for name, at in self.offsets.items()
+        }
+
+    def fill(self, input_ids: NDArray[np.int64], starts: NDArray[np.int64], keep: int) -> None:
+        """Put in tokens [B, S] of rows that hold `starts` [B], and how many logits are kept."""
+        self._views[KEEP][:] = keep
+        rows, length = input_ids.shape
+        self._views["input_ids"][: rows * length] = input_ids.ravel()
+        self._views["write_indices"][:rows] = starts
+        self._views["kv_lengths"][:rows] = starts + length
+
+
+class _Call:
+    """A context of one profile, and its CUDA graph once there is one."""
+
+    def __init__(self, context: Any, profile: int, where: str) -> None:  # noqa: ANN401
+        self.context = context
+        self.profile = profile
+        self.where = where
+        self.keep = np.ones((), np.int64)
+        self.runs = 0
+        self._graph: Work | None = None
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    def run(self, stream: int) -> None:
+        """Queue the call; after a capture, as one launch."""
+        if self._graph is not None:
+            self._graph()
+        else:
+            self._queue(stream)
+        self.runs += 1
+
+    def capture(self, stream: int, capture: Callable[[Work], Work]) -> None:
+        """Capture the call, where TensorRT says that it can be."""
+        capturable = getattr(self.context, "is_stream_capturable", None)  # TensorRT-RTX has it
+        if capturable is None or capturable(stream):
+            self._graph = capture(lambda: self._queue(stream))
+
+    def _queue(self, stream: int) -> None:
+        if not self.context.execute_async_v3(stream):
+            raise RunError(f"{self.where}: TensorRT failed to run the engine; see its log")

@@ -1,0 +1,226 @@
+"""The TensorRT executor over a *simulated* context: engines are really built, but not run.
+
+The memory it binds, views, lengths and captures are exercised as a GPU would; see
+`simulated_tensorrt`.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models_zoo import MIXED, Zoo
+from simulated_tensorrt import SimulatedMemory, simulate
+from typer.testing import CliRunner
+
+from cla_export.bundle import Bundle
+from cla_export.cli import app
+from cla_export.compare.gate import compare_bundle
+from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
+from cla_export.engines.tensorrt import TensorRTExecutor
+from cla_export.engines.tensorrt_build import build, find_engine, open_engine
+from cla_export.engines.tensorrt_runtime import check_gpu, check_version
+from cla_export.environment import nvidia_gpus
+from cla_export.errors import BadInput, BundleError, MissingEnvironment, RunError
+from cla_export.generation import load
+
+pytest.importorskip("tensorrt_rtx", reason="pip install 'cla-export[rtx]'")
+
+SMALL = {"capacity": 48, "slots": 5, "chunk": 7, "compute_capabilities": ("8.9",)}
+CLOSE = 2e-2  # both run in float16, in other calls; logits are of order 1 to 5
+
+
+@pytest.fixture(scope="module")
+def bundle(zoo: Zoo, tmp_path_factory) -> Bundle:
+    """MIXED, with an engine."""
+    source = zoo.bundle("tensorrt-rtx", "fp16", **MIXED)
+    folder = tmp_path_factory.mktemp("engine") / "b"
+    shutil.copytree(source.folder, folder)
+    made = replace(source, folder=folder)
+    build(made, **SMALL)
+    return made
+
+
+@pytest.fixture
+def portable(zoo: Zoo) -> Bundle:
+    return zoo.bundle("portable", "fp16", **MIXED)
+
+
+@pytest.fixture
+def make(bundle: Bundle, portable: Bundle):
+    def executor(load=None, **options) -> TensorRTExecutor:
+        return TensorRTExecutor(bundle, load=load or simulate(portable), **options)
+
+    return executor
+
+
+def memory_of(executor: TensorRTExecutor) -> SimulatedMemory:
+    return executor._memory
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 61, count).tolist()
+
+
+def test_prompts_chunks_and_steps_agree_with_onnx_runtime(make, portable: Bundle):
+    ours = make()
+    other = OnnxRuntimeExecutor(portable, capacity=48, slots=5, threads=1)
+    assert (ours.capacity, ours.slots, ours.chunk) == (48, 5, 7)
+    texts = [tokens(count, count) for count in (3, 17, 1, 30)]  # 17 and 30 take several calls
+    for executor in (ours, other):
+        executor.write(1, 3, *(part * 0 + 9 for part in executor.read(1, 3)))  # stale
+    for slot, text in enumerate(texts):
+        got, want = (made.prefill(slot, text, 0, keep=min(9, len(text))) for made in (ours, other))
+        assert got.shape == want.shape == (min(9, len(text)), 61)
+        assert np.abs(got - want).max() <= CLOSE
+    lengths = [len(text) for text in texts]
+    for step in range(4):
+        for first, last in ((0, 4), (1, 3), (0, 2), (0, 4)):  # the first slots, and later ones
+            rows = slice(first, last)
+            new = tokens(last - first, 50 + step)
+            call = (range(first, last), new, lengths[rows])
+            assert np.abs(ours.decode(*call) - other.decode(*call)).max() <= CLOSE
+            lengths[rows] = [length + 1 for length in lengths[rows]]
+    for group in range(ours.layout.num_groups):
+        for slot, length in enumerate(lengths):
+            for got, want in zip(ours.read(group, slot), other.read(group, slot), strict=True):
+                error = np.abs(got[:, :length].astype(np.float32) - want[:, :length])
+                assert error.max() <= CLOSE
+
+
+def test_rows_of_several_tokens_run_one_by_one(make, portable: Bundle):
+    ours = make()
+    other = OnnxRuntimeExecutor(portable, capacity=48, slots=5, threads=1)
+    texts = [tokens(count, count) for count in (12, 2, 8)]
+    got, want = (made.prefill_rows(1, texts) for made in (ours, other))
+    assert np.abs(got - want).max() <= CLOSE
+
+
+def test_decode_of_the_first_slots_is_captured_after_one_run(make):
+    """Each size has a context of its own, which nothing changes after its capture."""
+    ours = make()
+    memory = memory_of(ours)
+    for slot in range(3):
+        ours.prefill(slot, tokens(4), 0)
+    for step in range(3):
+        ours.decode(range(3), [1, 2, 3], [4 + step] * 3)
+        ours.prefill(4, tokens(9), 0, keep=9)  # another context in between, and more logits
+        ours.decode([1], [1], [20])
+    assert memory.launches == 2  # the first call ran by itself
+    ours.decode([0, 1], [1, 2], [9, 9])
+    assert memory.launches == 2
+    assert {rows: call.captured for rows, call in ours._steps.items()} == {3: True, 2: False}
+    plain = make(graphs=False)
+    for _ in range(3):
+        plain.decode([0], [1], [0])
+    assert memory_of(plain).launches == 0
+
+
+def test_the_simulation_keeps_the_rules(make, portable: Bundle):
+    """It would notice: memory outside of an allocation, and a captured context that is changed."""
+    ours = make()
+    memory = memory_of(ours)
+    with pytest.raises(AssertionError, match="not inside an allocation"):
+        memory.download(next(iter(memory.blocks)) - 8, np.zeros(1, np.int64))
+    for step in range(2):
+        ours.decode([0], [1], [step])
+    ours._bind(ours._steps[1], 1, 1, 1, 1)
+    with pytest.raises(AssertionError, match="a captured context was changed"):
+        ours.decode([0], [1], [2])
+    ours = make()
+    call = ours._new_call(0, fixed=True)
+    ours._bind(call, 0, 2, 1, 1)
+    with pytest.raises(AssertionError, match="before it ran"):
+        call.capture(ours._memory.stream, ours._memory.capture)
+
+
+def test_device_memory_is_accounted_for(make, bundle: Bundle):
+    ours = make(slots=2)
+    ours.decode([0], [1], [0])
+    sizes = ours.device_bytes
+    assert sizes["caches"] == 2 * 48 * bundle.layout.bytes_per_token("float16")
+    assert sizes["activations"] == 4096
+    assert sizes["weights"] == (ours.folder / "model.engine").stat().st_size
+    held = sum(size for size, _ in memory_of(ours).blocks.values())
+    assert held == sum(sizes.values()) - sizes["weights"]
+
+
+def test_engines_that_do_not_fit_are_refused(make, bundle: Bundle, portable: Bundle, tmp_path):
+    with pytest.raises(BadInput, match=r"slots is 6; .* was built for 5"):
+        make(slots=6)
+    with pytest.raises(RunError, match="would not be written in place"):
+        make(simulate(portable, aliased=False))
+    none = replace(bundle, folder=tmp_path)
+    with pytest.raises(BundleError, match="no engine for tensorrt-rtx; build one: cla-export bu"):
+        TensorRTExecutor(none)
+    engines = bundle.folder / "engines"
+    built = open_engine(bundle, next(engines.iterdir()))
+    with pytest.raises(BundleError, match=r"built with tensorrt-rtx .* and 1\.0 is installed; reb"):
+        check_version(bundle, built, "1.0")
+    with pytest.raises(BundleError) as caught:
+        check_gpu(bundle, built, "A GPU", "12.0")
+    assert "built for compute capability 8.9" in str(caught.value)
+    assert '--capacity 48 --slots 5 --chunk 7 --compute-capability "12.0" --force' in str(
+        caught.value
+    )
+    check_gpu(bundle, built, "A GPU", "8.9")
+    record = {**built.record, "flavour": "tensorrt", "gpu": "NVIDIA H200"}
+    other = replace(built, record=record)
+    check_gpu(bundle, other, "NVIDIA H200", "9.0")
+    with pytest.raises(BundleError, match="built for NVIDIA H200; this machine's GPU is A GPU"):
+        check_gpu(bundle, other, "A GPU", "9.0")
+
+
+def test_parity_over_a_simulated_engine(make, bundle: Bundle, portable: Bundle, tmp_path: Path):
+    report = compare_bundle(bundle, executor=make())
+    assert report.passed, report.faults
+    assert report.backend == "tensorrt-rtx"
+    assert report.tools["tensorrt-rtx"].startswith("1.")
+    assert "positions from 48 to" in report.notes[0]
+    assert "the engine was not built for them" in report.notes[0]
+    assert any("an engine shows no values" in note for note in report.notes)
+    names = {case.name for case in report.cases}
+    report = compare_bundle(bundle, executor=make(simulate(portable, late=-1)))
+    assert not report.passed
+    failed = {result.output for result in report.tensors if not result.passed}
+    assert "logits" in failed
+    report = compare_bundle(bundle, executor=make(slots=1))
+    assert report.passed, report.faults
+    missing = names - {case.name for case in report.cases}
+    (note,) = (note for note in report.notes if "slots are too few" in note)
+    assert missing == set(note.partition("for them: ")[2].split(", "))
+    with pytest.raises(BadInput, match="shows no values inside"):
+        compare_bundle(bundle, executor=make(), debug_dir=tmp_path / "d")
+
+
+@pytest.mark.skipif(bool(nvidia_gpus()[0]), reason="asks a machine that has no GPU")
+def test_without_a_gpu_nothing_is_green(bundle: Bundle, zoo: Zoo):
+    for command in (["parity"], ["parity", "--target", "tensorrt-rtx"]):
+        result = CliRunner().invoke(app, [*command, str(bundle.folder)])
+        assert isinstance(result.exception, MissingEnvironment)
+        assert result.exception.exit_code == 3
+        assert "no GPU to run on" in str(result.exception)
+    with pytest.raises(MissingEnvironment, match="no GPU to run on"):
+        load(bundle)
+    with pytest.raises(BundleError, match="no engine for tensorrt; build one"):
+        compare_bundle(bundle, target="tensorrt")
+    with pytest.raises(BadInput, match="exported for tensorrt-rtx, which onnxruntime does not run"):
+        load(bundle, backend="onnxruntime")
+    with pytest.raises(BadInput, match="exported for onnxruntime, which tensorrt does not run"):
+        compare_bundle(zoo.bundle(**MIXED), target="tensorrt")
+    with pytest.raises(BadInput, match="onnxruntime, which takes no engine"):
+        compare_bundle(zoo.bundle(**MIXED), engine=bundle.folder)
+
+
+def test_the_engine_to_run_can_be_named(bundle: Bundle, portable: Bundle, tmp_path: Path):
+    folder = next((bundle.folder / "engines").iterdir())
+    for name in ("sm89", "sm120"):
+        shutil.copytree(folder, tmp_path / f"engines/{name}-tensorrt-rtx-float16")
+    two = replace(bundle, folder=tmp_path)
+    with pytest.raises(BundleError, match=r"2 engines for tensorrt-rtx .*name one: --engine "):
+        find_engine(two)
+    with pytest.raises(BundleError, match="no engine for tensorrt;"):
+        find_engine(two, "tensorrt")
+    with pytest.raises(BadInput, match="an engine for tensorrt-rtx, not for tensorrt"):
+        TensorRTExecutor(bundle, folder, flavour="tensorrt", load=simulate(portable))
