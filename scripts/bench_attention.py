@@ -9,7 +9,8 @@ is the median over replays, per node. "Share" is the rate at which keys and valu
 the highest rate that anything in this run reached. Cells start from random data; every contender's
 answer is compared with the float32 reference first. Lengths are data to ClaAttention, which is
 planned for the capacity alone; of its peers, SDPA gets them as a mask where rows differ, and
-flex_attention as a block mask.
+flex_attention as a block mask. Where onnxruntime-gpu is installed, its GroupQueryAttention takes
+part, as a group's owner (which also writes a key and a value) and as a sharer.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -37,10 +39,13 @@ from cla_export.plugin.reference import torch_reference
 COLD_BYTES = 400e6  # that the nodes of a graph read in all, at least
 MAX_NODES = 400
 REPLAY_MS = 15.0  # of replays a cell
+ORT_GRAPH_US = 2000  # of nodes in a graph of ONNX Runtime's, at least: each replay may wait
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.5e-2}
 
 Call = Callable[[], Tensor]
 Attention = Callable[..., Tensor]  # (q, keys, values, lengths) -> y
+Timed = tuple[Tensor, Callable[[], float]]  # the first node's y, and what times one node
+Start = Callable[["Case", "Buffers"], Timed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +107,8 @@ def make_buffers(case: Case) -> Buffers:
     return Buffers(new(problem.query_shape), torch.tensor(case.lengths).int().cuda(), caches)
 
 
-def contenders(launcher: Launcher, case: Case, no_flex: bool) -> Iterator[tuple[str, Attention]]:
-    """Name and function (q, keys, values, lengths) -> y of everyone in a cell."""
+def contenders(launcher: Launcher, case: Case, no_flex: bool) -> Iterator[tuple[str, Start]]:
+    """Name and start of everyone in a cell."""
     scale, capacity = case.problem.scale, case.problem.capacity
     ragged = any(length != capacity for length in case.lengths)
 
@@ -122,9 +127,13 @@ def contenders(launcher: Launcher, case: Case, no_flex: bool) -> Iterator[tuple[
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
-    yield "ClaAttention", ours
-    yield "SDPA", stock
-    yield "SDPA cuDNN", cudnn
+    yield "ClaAttention", partial(in_torch, function=ours)
+    yield "SDPA", partial(in_torch, function=stock)
+    yield "SDPA cuDNN", partial(in_torch, function=cudnn)
+    if onnxruntime_runs():
+        yield "GQA owner", partial(in_onnxruntime, sharer=False)
+        yield "GQA owner, no XQA", partial(in_onnxruntime, sharer=False, xqa=False)
+        yield "GQA sharer", partial(in_onnxruntime, sharer=True)
     if not no_flex:
         lengths = torch.tensor(case.lengths, device="cuda")
         blocks = create_block_mask(
@@ -136,10 +145,10 @@ def contenders(launcher: Launcher, case: Case, no_flex: bool) -> Iterator[tuple[
         def flex(q: Tensor, k: Tensor, v: Tensor, n: Tensor) -> Tensor:  # noqa: ARG001
             return compiled(q, k, v, block_mask=blocks, scale=scale, enable_gqa=True)
 
-        yield "flex", flex
+        yield "flex", partial(in_torch, function=flex)
 
 
-def layouts(launcher: Launcher, case: Case) -> Iterator[tuple[str, Attention]]:
+def layouts(launcher: Launcher, case: Case) -> Iterator[tuple[str, Start]]:
     """The kernel under every layout worth trying."""
     for warps, cluster, waves in product((4, 8), (1, 2, 4, 8), (0.0, 0.25, 0.5, 1.0, 4.0)):
         plan = make_plan(case.problem, launcher.gpu, warps=warps, cluster=cluster, waves=waves)
@@ -147,23 +156,65 @@ def layouts(launcher: Launcher, case: Case) -> Iterator[tuple[str, Attention]]:
         def call(q: Tensor, k: Tensor, v: Tensor, n: Tensor, plan: Plan = plan) -> Tensor:
             return torch_attention(launcher, q, k, v, n, scale=case.problem.scale, plan=plan)
 
-        yield f"w{warps}c{cluster}x{waves:g}", call
-    yield "auto", lambda q, k, v, n: torch_attention(launcher, q, k, v, n, scale=case.problem.scale)
+        yield f"w{warps}c{cluster}x{waves:g}", partial(in_torch, function=call)
+
+    def auto(q: Tensor, k: Tensor, v: Tensor, n: Tensor) -> Tensor:
+        return torch_attention(launcher, q, k, v, n, scale=case.problem.scale)
+
+    yield "auto", partial(in_torch, function=auto)
 
 
-def measure(case: Case, buffers: Buffers, function: Attention, name: str) -> float | None:
-    """Median microseconds a node; None, with the reason on stderr, where it cannot run."""
+def onnxruntime_runs() -> bool:
+    try:
+        from onnxruntime_nodes import available
+    except ImportError:
+        return False
+    return available()
+
+
+def in_torch(_case: Case, buffers: Buffers, function: Attention) -> Timed:
+    """A node for each cache, in a CUDA graph of PyTorch's."""
     q, lengths = buffers.q, buffers.lengths
     calls = [lambda k=k, v=v: function(q, k, v, lengths) for k, v in buffers.caches]
+    return calls[0](), lambda: time_graph(calls)
+
+
+def in_onnxruntime(case: Case, buffers: Buffers, *, sharer: bool, xqa: bool = True) -> Timed:
+    """GroupQueryAttention on every cache, in a CUDA graph of ONNX Runtime's."""
+    from onnxruntime_nodes import GroupQueryAttentionNodes
+
+    least_us = len(buffers.caches) * (case.cache_bytes / 4e6 + 5)
+    nodes = GroupQueryAttentionNodes(
+        buffers.q,
+        buffers.caches,
+        buffers.lengths,
+        scale=case.problem.scale,
+        sharer=sharer,
+        xqa=xqa,
+        repeat=int(np.ceil(ORT_GRAPH_US / least_us)),
+    )
+
+    def time() -> float:
+        first = nodes.replay_ms(2)[1]
+        times = nodes.replay_ms(int(np.clip(REPLAY_MS / first, 5, 300)))
+        return float(np.median(times)) * 1e3 / nodes.count
+
+    y = nodes.y.unflatten(2, case.problem.query_shape[1::2]).transpose(1, 2)
+    return y, time
+
+
+def measure(case: Case, buffers: Buffers, start: Start, name: str) -> float | None:
+    """Median microseconds a node; None, with the reason on stderr, where it cannot run."""
     try:
-        y = calls[0]()
-        expected = torch_reference(q, *buffers.caches[0], lengths, scale=case.problem.scale)
+        y, time = start(case, buffers)
+        caches = buffers.caches[0]
+        expected = torch_reference(buffers.q, *caches, buffers.lengths, scale=case.problem.scale)
         error = ((y.float() - expected).norm() / expected.norm()).item()
         if not error < TOLERANCE[case.problem.dtype]:
             print(f"{case.name}: {name} is wrong, relative error {error:.1e}", file=sys.stderr)
             return None
-        return time_graph(calls)
-    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # noqa: SLF001
+        return time()
+    except Exception as error:  # compilers, PyTorch and ONNX Runtime each have their own
         print(f"{case.name}: {name} cannot run: {str(error)[:120]!r}", file=sys.stderr)
         return None
 
