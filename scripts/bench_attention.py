@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ COLD_BYTES = 400e6  # that the nodes of a graph read in all, at least
 MAX_NODES = 400
 REPLAY_MS = 15.0  # of replays a cell
 ORT_GRAPH_US = 2000  # of nodes in a graph of ONNX Runtime's, at least: each replay may wait
+OURS = "ClaAttention"
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.5e-2}
 
 Call = Callable[[], Tensor]
@@ -65,7 +67,9 @@ def main() -> int:
     parser.add_argument("--only", default="*", metavar="GLOB", help="cells, by name")
     parser.add_argument("--sweep", action="store_true", help="time the kernel's layouts")
     parser.add_argument("--no-flex", action="store_true", help="skip flex_attention (it compiles)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="all numbers, for plot_attention.py"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_attention.py needs an NVIDIA GPU and a CUDA build of PyTorch", file=sys.stderr)
@@ -86,10 +90,11 @@ def main() -> int:
         if args.sweep:
             ranked = sorted(results[case.name].items(), key=lambda item: item[1])
             print(f"  {'  '.join(f'{n}={t:.1f}' for n, t in ranked[:12])}", flush=True)
+    run = summary(cells, results, args.dtype)
     if not args.sweep:
-        report(cells, results, args.dtype)
+        report(run)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -127,7 +132,7 @@ def contenders(launcher: Launcher, case: Case, no_flex: bool) -> Iterator[tuple[
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
-    yield "ClaAttention", partial(in_torch, function=ours)
+    yield OURS, partial(in_torch, function=ours)
     yield "SDPA", partial(in_torch, function=stock)
     yield "SDPA cuDNN", partial(in_torch, function=cudnn)
     if onnxruntime_runs():
@@ -254,28 +259,34 @@ def read_rate() -> float:
     return data.nbytes / us / 1e3
 
 
-def report(cells: list[Case], results: dict[str, dict[str, float]], dtype: str) -> None:
-    """The Markdown table: microseconds (share of the ceiling)."""
-    rate = {
-        c.name: {n: c.cache_bytes / us / 1e3 for n, us in results[c.name].items()} for c in cells
+def summary(cells: list[Case], results: dict[str, dict[str, float]], dtype: str) -> dict[str, Any]:
+    """All numbers of a run, as --json writes them."""
+    rates = [c.cache_bytes / us / 1e3 for c in cells for us in results[c.name].values()]
+    return {
+        "date": str(datetime.date.today()),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "dtype": dtype,
+        "ceiling": max(read_rate(), *rates),  # GB/s
+        "cells": {c.name: {"bytes": c.cache_bytes, "us": results[c.name]} for c in cells},
     }
-    ceiling = max(read_rate(), *(r for row in rate.values() for r in row.values()))
-    names = list(dict.fromkeys(n for row in results.values() for n in row))
-    gpu = torch.cuda.get_device_name()
-    print(f"{datetime.date.today()}, {gpu}, torch {torch.__version__}, {dtype}, head dim 128.")
-    print(f"`python {' '.join(sys.argv)}`; ceiling {ceiling:.0f} GB/s.\n")
+
+
+def report(run: dict[str, Any]) -> None:
+    """The Markdown table: microseconds (share of the ceiling)."""
+    cells = run["cells"]
+    names = list(dict.fromkeys(n for cell in cells.values() for n in cell["us"]))
+    print(f"{run['date']}, {run['gpu']}, torch {run['torch']}, {run['dtype']}, head dim 128.")
+    print(f"`python {' '.join(sys.argv)}`; ceiling {run['ceiling']:.0f} GB/s.\n")
     print(f"| q/kv heads, rows x context | KV MB | {' | '.join(names)} | of the best peer's time |")
     print("|---" * (len(names) + 3) + "|")
-    for case in cells:
-        row = results[case.name]
-        shown = [
-            f"{row[n]:.1f} ({rate[case.name][n] / ceiling:.0%})" if n in row else "-" for n in names
-        ]
-        peers = [us for n, us in row.items() if n != "ClaAttention"]
-        ratio = (
-            f"{row['ClaAttention'] / min(peers):.2f}" if peers and "ClaAttention" in row else "-"
-        )
-        print(f"| {case.name} | {case.cache_bytes / 1e6:.1f} | {' | '.join(shown)} | {ratio} |")
+    for name, cell in cells.items():
+        size, row = cell["bytes"], cell["us"]
+        share = {n: size / us / 1e3 / run["ceiling"] for n, us in row.items()}
+        shown = [f"{row[n]:.1f} ({share[n]:.0%})" if n in row else "-" for n in names]
+        peers = [us for n, us in row.items() if n != OURS]
+        ratio = f"{row[OURS] / min(peers):.2f}" if peers and OURS in row else "-"
+        print(f"| {name} | {size / 1e6:.1f} | {' | '.join(shown)} | {ratio} |")
 
 
 if __name__ == "__main__":

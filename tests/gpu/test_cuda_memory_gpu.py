@@ -87,7 +87,7 @@ def test_everything_happens_in_order_and_captured_work_runs_again(memory: CudaMe
 
 
 def test_no_room_is_an_error_that_says_what_to_do(memory: CudaMemory):
-    with pytest.raises(RunError, match=r"has no 9,\S+ bytes left .* fewer slots"):
+    with pytest.raises(RunError, match=r"has no 900,\S+ bytes left .* fewer slots"):
         memory.allocate(9 * 10**14)
     address = memory.allocate(256)  # and what comes after it works
     got = np.ones(256, np.uint8)
