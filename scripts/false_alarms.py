@@ -47,8 +47,8 @@ def batch(dtype: str, seeds: list[int]) -> list[Trial]:
             mean = max(r.mean_error / r.mean_tolerance for r in report.tensors)
             score = report.perplexity
             assert score is not None
-            layers = max(max(line.shares) for line in report.layer_map.layers)
-            shares = (largest, mean, score.difference / score.tolerance, layers)
+            assert report.inside is not None
+            shares = (largest, mean, score.difference / score.tolerance, report.inside)
             results.append(Trial(str(trial), report.passed, shares))
     return results
 

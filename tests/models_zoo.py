@@ -182,14 +182,17 @@ class Zoo:
         target: str = "onnxruntime",
         dtype: str = "fp32",
         quantize: str | None = None,
+        attention: str | None = None,
         **overrides: Any,
     ) -> Bundle:
         """An exported configuration."""
         source = self.folder(**overrides)
-        with self._made(f"{target}-{dtype}-{quantize}", overrides) as (path, missing):
+        options = {"target": target, "dtype": dtype, "quantize": quantize, "attention": attention}
+        kind = "-".join(str(option) for option in options.values())
+        with self._made(kind, overrides) as (path, missing):
             if missing:
                 with patch("cla_export.trace.trace", self.trace):
-                    export(source, path, target=target, dtype=dtype, quantize=quantize)
+                    export(source, path, **options)
         return open_bundle(path, verify=False)
 
     def trace(self, family: Any, spec: ModelSpec, dtype: torch.dtype) -> Any:

@@ -105,11 +105,13 @@ def write_call(
         tokens = np.array(episode.tokens, np.int64)
         start = call.starts[row] - episode.held
         span = slice(start, start + len(call.tokens[row]))
-        exact, native = (torch_tensors(s, tokens, {}, before) for s in (sides.exact, sides.native))
+        exact, felt = torch_tensors(sides.exact, tokens, {}, before)
+        natives = [torch_tensors(side, tokens, {}, before)[0] for side in sides.yardstick]
         for key, name in names.items():
             if key in exact:
                 _fill(expected[name][row], exact[key][span])
-                limit = threshold.of(exact[key], native[key])
+                scores = felt[key[0]] if key[1] == "attention" else 0.0
+                limit = threshold.of(exact[key], [native[key] for native in natives], scores=scores)
                 tolerances[name] = max(limit, tolerances.get(name, 0.0))
         logits, groups = sides.exact.forward(tokens, before)
         kept = min(recorded.keep, len(call.tokens[row]))

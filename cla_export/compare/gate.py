@@ -220,6 +220,8 @@ class _Run:
                     self.progress(f"layers of case {case.name}", index, len(setup.cases))
                     found, calls = self._steps(executor, case)
                     divergence = first_divergence(found, self.bundle.layout, case)
+                    largest = max((difference.share for difference in found), default=0.0)
+                    report.inside = max(largest, report.inside or 0.0)
                     bad = divergence is not None or case.name in failed
                     if wrong is None and (bad or case.name == _SHOWN):
                         report.layer_map = layer_map(found, calls, case)
@@ -262,10 +264,12 @@ class _Run:
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
             runs = Comparator.run(runners, data_loader=[case.feed])
             expected, got = (iterations[0] for _, iterations in runs.items())
-            native = TorchRunner(self.sides.native, self.held).run_case(case.feed)
+            natives = [
+                TorchRunner(side, self.held).run_case(case.feed) for side in self.sides.yardstick
+            ]
             keys = case.positions if case.positions > self.setups[0].capacity else 0
             allowed = {
-                name: self.threshold.of(exact, native[name], keys)
+                name: self.threshold.of(exact, [native[name] for native in natives], keys)
                 for name, exact in expected.items()
             }
             compared = Comparator.compare_accuracy(
@@ -274,7 +278,7 @@ class _Run:
         (outcome,) = next(iter(compared[0].values()))
         results = []
         for name, exact in expected.items():
-            limits = allowed[name], self.threshold.mean_of(exact, native[name], keys)
+            limits = allowed[name], self.threshold.mean_of(exact, natives[0][name], keys)
             within = bool(outcome[name])
             results.append(tensor_result(case, name, exact, got[name], within, limits))
         return results

@@ -11,8 +11,10 @@ layers accumulated cannot hide it, and a step that is right stays right behind o
     output              from those two and mlp
 
 Attention is caught where the module calls scaled_dot_product_attention, so q, k, v and its output
-do not depend on how a family names its parts. The branches are caught at the modules that nearly
-all families call `self_attn` and `mlp`; where there are none, those steps run on into the next.
+do not depend on how a family names its parts; how much it feels errors in its scores is measured
+there too, since runtimes differ in where they round those. The branches are caught at the modules
+that nearly all families call `self_attn` and `mlp`; where there are none, those steps run on into
+the next.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +33,7 @@ CACHES = {"k": "key_cache", "v": "value_cache"}  # what goes in, and what is the
 Key = tuple[int, str]  # layer and role
 Array = NDArray[np.floating]
 Tensors = dict[Key, Exact]  # [S, width]
+Sensitivity = dict[int, float]  # layer -> see `_sensitivity`
 _BRANCHES = {"self_attn": "attention_branch", "mlp": "mlp"}
 
 
@@ -40,6 +43,7 @@ class _Steps(TorchFunctionMode):
     def __init__(self, owners: Sequence[int], forced: Mapping[Key, Array], count: int) -> None:
         super().__init__()
         self.found: Tensors = {}
+        self.sensitivity: Sensitivity = {}
         self._owners, self._forced = owners, forced
         self._count = count  # of the row's tokens: K and V may begin with held ones
         self._layer = 0
@@ -56,11 +60,13 @@ class _Steps(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         layer, self._layer = self._layer, self._layer + 1
         owner = self._owners[layer]
-        inputs = [
+        q, k, v = (
             self._step((layer if role == "q" else owner, role), value)
             for role, value in zip(("q", "k", "v"), args[:3], strict=True)
-        ]
-        return self._step((layer, "attention"), func(*inputs, *args[3:], **(kwargs or {})))
+        )
+        y = func(q, k, v, *args[3:], **(kwargs or {}))
+        self.sensitivity[layer] = _sensitivity(q, k, v, y, *args[3:], **(kwargs or {}))
+        return self._step((layer, "attention"), y)
 
     def _step(self, key: Key, value: Tensor) -> Tensor:
         """Record [1, H, T, D] of the row's tokens; return it with the bundle's in their place."""
@@ -89,7 +95,7 @@ def torch_tensors(
     tokens: NDArray[np.int64],
     forced: Mapping[Key, Array],
     held: GroupKV | None = None,
-) -> Tensors:
+) -> tuple[Tensors, Sensitivity]:
     """Every step of every layer for one row of tokens [S], each from what is in `forced`.
 
     `forced` holds what the bundle made, (layer, role) -> [S, width]; a step of which it lacks the
@@ -109,7 +115,37 @@ def torch_tensors(
     finally:
         for handle in handles:
             handle.remove()
-    return steps.found
+    return steps.found, steps.sensitivity
+
+
+def _sensitivity(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,  # the arguments of attention itself
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> float:
+    """How far an element of attention moves, at most, where each score is off by its own size.
+
+    For weights p, scores s and values v, to first order: sum of p |s| (|v| + |y|).
+    """
+    del dropout_p, enable_gqa
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    masked = scores
+    if is_causal:
+        masked = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+    elif attn_mask is not None and attn_mask.dtype == torch.bool:
+        masked = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        masked = scores + attn_mask
+    weights = masked.softmax(-1) * scores.abs()
+    return float((weights @ v.abs() + weights.sum(-1, keepdim=True) * y.abs()).max())
 
 
 def _tokens_first(value: Tensor) -> Exact:

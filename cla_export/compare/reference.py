@@ -1,16 +1,19 @@
 """What is right, and how far off PyTorch itself is: one model, computed in two ways.
 
-    exact    in float64, on the very values that the bundle's weights stand for
-    native   in the bundle's own arithmetic: its dtype, its rounding of activations
+    exact       in float64, on the very values that the bundle's weights stand for
+    native      in the bundle's own arithmetic: its dtype, its rounding of activations
+    reordered   likewise, with the sums of all linear layers in other orders
 
-The exact side judges a bundle; the native side's distance from it is the yardstick (thresholds.py).
+The exact side judges a bundle; the others' distance from it is the yardstick (thresholds.py). There
+are several since at a token where the network is ill-conditioned, an error is one random number
+times a large one, and a single draw of it can happen to be small.
 A model is in memory once in float32, and once more in the bundle's dtype where that is another. A
 small one is there in float64 too; of a large one, weights are widened one module at a time, while
 that module runs.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -23,6 +26,7 @@ from cla_export.models.cla import KV, ClaDecoder, KVCache
 from cla_export.quantization import Quantization
 
 _SMALL = 2**30  # bytes in float64
+_PARTS = (2, 3)  # a reordered side adds up the first half, or third, of each sum by itself
 Exact = NDArray[np.float64]
 GroupKV = list[tuple[NDArray[np.floating], NDArray[np.floating]]]  # keys, values: [T, Hkv, D] each
 
@@ -60,10 +64,16 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Both sides."""
+    """All sides."""
 
     exact: Side
     native: Side
+    reordered: tuple[Side, ...]
+
+    @property
+    def yardstick(self) -> tuple[Side, ...]:
+        """PyTorch in the bundle's arithmetic, in every order of its sums."""
+        return self.native, *self.reordered
 
     @classmethod
     def of(
@@ -72,15 +82,19 @@ class Reference:
         """Sides over a float32 model; `rounded` is it in the bundle's dtype, where not float32."""
 
         def rounding(module: ClaDecoder) -> AbstractContextManager[None]:
-            if quantization is None:
-                return nullcontext()
-            return _rounded_activations(module, quantization)
+            return _native(module, quantization, None)
+
+        def reordering(part: int) -> Callable[[ClaDecoder], AbstractContextManager[None]]:
+            return lambda module: _native(module, quantization, part)
 
         size = 8 * sum(parameter.numel() for parameter in model.parameters())
         exact = Side(model, _in_float64)
         if size <= _SMALL:
             exact = Side(deepcopy(model).double(), lambda _: nullcontext())
-        return cls(exact, Side(rounded or model, rounding))
+        own = rounded or model
+        return cls(
+            exact, Side(own, rounding), tuple(Side(own, reordering(part)) for part in _PARTS)
+        )
 
 
 @contextmanager
@@ -106,6 +120,41 @@ def _in_float64(model: ClaDecoder) -> Iterator[None]:
         elif next(module.parameters(recurse=False), None) is not None:
             handles.append(module.register_forward_pre_hook(widen))
             handles.append(module.register_forward_hook(narrow, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _native(
+    model: ClaDecoder, quantization: Quantization | None, part: int | None
+) -> Iterator[None]:
+    """The bundle's arithmetic: activations as it rounds them, sums in one part or in two."""
+    with ExitStack() as stack:
+        if quantization is not None:
+            stack.enter_context(_rounded_activations(model, quantization))
+        if part is not None:
+            stack.enter_context(_sums_in_parts(model, part))
+        yield
+
+
+@contextmanager
+def _sums_in_parts(model: ClaDecoder, part: int) -> Iterator[None]:
+    """Every linear layer as a sum of two: over its first 1/part inputs, and over the others."""
+
+    def split(module: nn.Linear, inputs: tuple[Tensor], _output: Tensor) -> Tensor:
+        (x,) = inputs
+        at = -(-x.shape[-1] // part)
+        first = nn.functional.linear(x[..., :at], module.weight[:, :at], module.bias)
+        return first + nn.functional.linear(x[..., at:], module.weight[:, at:])
+
+    handles = [
+        module.register_forward_hook(split)
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
     try:
         yield
     finally:

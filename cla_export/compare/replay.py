@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cla_export.bundle import Bundle
 from cla_export.compare.cases import Case, Setup
 from cla_export.compare.marks import Call, MarkedExecutor, marked
-from cla_export.compare.probe import CACHES, Key, Tensors, torch_tensors
+from cla_export.compare.probe import CACHES, Key, Sensitivity, Tensors, torch_tensors
 from cla_export.compare.reference import GroupKV, Reference
 from cla_export.compare.report import ROLES, Divergence, LayerErrors, LayerMap
 from cla_export.compare.runners import ExecutorRunner, fill_with_garbage, held_before
@@ -64,6 +64,7 @@ class Episode:
     made: dict[Key, list[NDArray[np.float32]]] = field(default_factory=dict)  # by the bundle
     expected: Tensors = field(default_factory=dict)
     native: Tensors = field(default_factory=dict)
+    sensitivity: Sensitivity = field(default_factory=dict)
 
     def cut(self, length: int) -> "Episode":
         """An episode that begins with the first tokens of this one."""
@@ -78,8 +79,8 @@ class Episode:
         """Recompute every step in PyTorch, on both sides."""
         row, forced = np.array(self.tokens, np.int64), self.whole()
         forced = {key: value for key, value in forced.items() if np.isfinite(value).all()}
-        self.expected = torch_tensors(reference.exact, row, forced, before)
-        self.native = torch_tensors(reference.native, row, forced, before)
+        self.expected, self.sensitivity = torch_tensors(reference.exact, row, forced, before)
+        self.native, _ = torch_tensors(reference.native, row, forced, before)
         for role, cache in CACHES.items():
             for layer in [layer for layer, found in self.expected if found == role]:
                 own = forced.get((layer, role))
@@ -126,7 +127,10 @@ def differences(
                     continue
                 whole, native = episode.expected[layer, role], episode.native[layer, role]
                 start = 0 if role in CACHES.values() else call.starts[index] - episode.held
-                expected, keys = whole[start : start + len(got)], episode.held + len(whole)
+                expected = whole[start : start + len(got)]
+                keys, scores = 0, 0.0
+                if role == "attention":
+                    keys, scores = episode.held + len(whole), episode.sensitivity[layer]
                 error = np.abs(got - expected)
                 error[~np.isfinite(error)] = np.inf
                 yield Difference(
@@ -138,7 +142,7 @@ def differences(
                     got=got,
                     expected=expected,
                     error=error,
-                    tolerance=threshold.of(whole, native, keys if role == "attention" else 0),
+                    tolerance=threshold.of(whole, [native], keys, scores),
                     mean_tolerance=threshold.mean_of(whole, native),
                 )
 

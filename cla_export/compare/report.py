@@ -160,6 +160,7 @@ class ParityReport:
     perplexity: PerplexityResult | None = None
     divergence: Divergence | None = None
     layer_map: LayerMap | None = None
+    inside: float | None = None  # largest share of its tolerance that a step in a layer took
     faults: list[str] = field(default_factory=list)  # by reading the graph, or why it cannot run
     baseline: str | None = None
     regressions: list[Regression] = field(default_factory=list)

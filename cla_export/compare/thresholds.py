@@ -3,7 +3,8 @@
 The exact result is PyTorch in float64 on the values that the bundle's weights stand for. The
 yardstick is how far PyTorch itself is off when it computes in the bundle's arithmetic: what the
 dtype, the lengths of the sums and the depth of the network cost is measured on the model at hand,
-for every output, not guessed. An output passes if
+for every output, not guessed; three times, with sums in other orders, and the largest counts, since
+at an ill-conditioned token a single draw may be small by luck. An output passes if
 
     its largest error  <=  largest * the yardstick's largest  +  units * u * largest magnitude
     its mean error     <=  mean    * the yardstick's mean     +  u * mean magnitude
@@ -13,10 +14,13 @@ which no computation can beat: they matter only where PyTorch happens to be exac
 bound of its own because a maximum over many elements is loose for an error that is small and
 everywhere. Attention looked at by itself, and all outputs behind long contexts, have a third term,
 4 * 2^-24 * sqrt(keys) * magnitude: PyTorch adds up long rows of keys in blocks, and a runtime that
-adds them one by one is right too. Nothing here depends on the size of a model's weights, sums or
-logits.
+adds them one by one is right too. Attention by itself has a fourth, 2 * u * its sensitivity to its
+scores (probe.py): PyTorch keeps scores in float32, and a runtime that rounds them to the dtype,
+once scaled and once not, is right too. Nothing here depends on the size of a model's weights, sums
+or logits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +28,7 @@ from numpy.typing import NDArray
 
 _Array = NDArray[np.floating]
 _SUM = 4 * 2.0**-24  # of float32, in which all runtimes add up, by the root of how many are added
+_ROUNDINGS = 2  # of a score
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +42,21 @@ class Threshold:
     perplexity: float  # relative difference
     reason: str
 
-    def of(self, exact: _Array, native: _Array, keys: int = 0) -> float:
-        """Allowed absolute error of any element; `native` is PyTorch in the bundle's arithmetic.
+    def of(
+        self, exact: _Array, natives: Sequence[_Array], keys: int = 0, scores: float = 0.0
+    ) -> float:
+        """Allowed absolute error of any element; `natives` are PyTorch in the bundle's arithmetic.
 
-        `keys` is how many each query may attend to, where that can be many.
+        `keys` is how many each query may attend to, where that can be many, and `scores` how far
+        attention moves where each score is off by its own size.
         """
-        own = float(np.abs(native - exact).max())
+        own = max(float(np.abs(native - exact).max()) for native in natives)
         rounding = self.units * self.unit + _SUM * keys**0.5
         allowed: float = self.largest * own + rounding * float(np.abs(exact).max())
-        return allowed
+        return allowed + _ROUNDINGS * self.unit * scores
 
     def mean_of(self, exact: _Array, native: _Array, keys: int = 0) -> float:
-        """Allowed mean absolute error, likewise."""
+        """Allowed mean absolute error, by one native result: a mean has no luck."""
         own = float(np.abs(native - exact).mean())
         rounding = self.unit + _SUM * keys**0.5
         allowed: float = self.mean * own + rounding * float(np.abs(exact).mean())

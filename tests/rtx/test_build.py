@@ -29,13 +29,15 @@ def copied(bundle, folder: Path):
     return replace(bundle, folder=folder)
 
 
+@pytest.mark.parametrize("attention", ["native", "plugin"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_every_layout_builds(zoo: Zoo, tmp_path, pattern, dtype):
+def test_every_layout_builds(zoo: Zoo, tmp_path, pattern, dtype, attention):
     heads = list(HEADS.values())[list(PATTERNS).index(pattern) % len(HEADS)]
-    bundle = zoo.bundle(
-        "tensorrt-rtx", dtype, kv_owner=PATTERNS[pattern], num_key_value_heads=heads
-    )
+    shape = {"kv_owner": PATTERNS[pattern], "num_key_value_heads": heads}
+    bundle = zoo.bundle("tensorrt-rtx", dtype, attention=attention, **shape)
+    operator = "TRT_Attention" if attention == "native" else "ClaAttention"
+    assert {group["attention"] for group in bundle.manifest["groups"]} == {operator}
     built = build(copied(bundle, tmp_path / "b"), compute_capabilities=ADA, **SMALL)
     assert built.folder.name == f"sm89-tensorrt-rtx-{bundle.dtype}"
     assert (built.folder / ENGINE).stat().st_size == built.record["engine"]["bytes"] > 10_000
@@ -48,9 +50,11 @@ def test_every_layout_builds(zoo: Zoo, tmp_path, pattern, dtype):
     assert all(decode[name][2] == [4, heads, 64, 16] for name in caches)
 
 
-def test_one_engine_for_several_gpus_and_options(zoo: Zoo, tmp_path):
+@pytest.mark.parametrize("attention", ["native", "plugin"])
+def test_one_engine_for_several_gpus_and_options(zoo: Zoo, tmp_path, attention):
     """With windows and biases, and weights that may stream; progress as TensorRT reports it."""
-    bundle = copied(zoo.bundle("tensorrt-rtx", "fp16", **MIXED), tmp_path / "b")
+    made = zoo.bundle("tensorrt-rtx", "fp16", attention=attention, **MIXED)
+    bundle = copied(made, tmp_path / "b")
     seen = []
     built = build(
         bundle,
@@ -62,6 +66,14 @@ def test_one_engine_for_several_gpus_and_options(zoo: Zoo, tmp_path):
     assert built.folder.name == "sm86+sm89+sm120-tensorrt-rtx-float16"
     assert any(what.startswith("build: ") and done == of for what, done, of in seen)
     assert open_engine(bundle, built.folder).record == built.record
+
+
+def test_a_timing_cache_is_written_and_read(zoo: Zoo, tmp_path):
+    bundle = copied(zoo.bundle("tensorrt-rtx", "fp16", kv_owner=(0, 0)), tmp_path / "b")
+    cache = tmp_path / "timing.cache"
+    for _ in range(2):
+        build(bundle, compute_capabilities=ADA, timing_cache=str(cache), force=True, **SMALL)
+        assert cache.stat().st_size > 0
 
 
 def test_float32_is_decomposed(zoo: Zoo, tmp_path):
