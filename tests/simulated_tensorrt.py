@@ -136,8 +136,9 @@ class SimulatedEngine:
     def get_aliased_input_tensor(self, name: str) -> str:
         return name.replace("present.", "past_key_values.") if self.aliased else ""
 
-    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
-        return ACTIVATIONS >> profile
+    @property
+    def device_memory_size_v2(self) -> int:
+        return ACTIVATIONS
 
 
 class SimulatedContext:

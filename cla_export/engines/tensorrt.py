@@ -95,11 +95,8 @@ class TensorRTExecutor(PooledExecutor):
                 size = int(np.prod(shape)) * dtype.itemsize
                 address = self._memory.allocate(size * self.slots)
                 self._pools[f"{group.index}.{part}"] = _Pool(address, shape, size, dtype)
-        profiles = (DECODE, PREFILL)
-        self._activations = max(
-            int(self._engine.get_device_memory_size_for_profile_v2(p)) for p in profiles
-        )
-        self._scratch = self._memory.allocate(max(self._activations, _ALIGNED))
+        self._activations = max(int(self._engine.device_memory_size_v2), _ALIGNED)
+        self._scratch = self._memory.allocate(self._activations)
         self._inputs = _Inputs(self.slots, self.chunk, self._dtypes)
         self._inputs_at = self._memory.allocate(self._inputs.size)
         self._logits: dict[int, tuple[int, int]] = {}  # profile -> address, rows there is room for
@@ -189,7 +186,7 @@ class TensorRTExecutor(PooledExecutor):
         context = self._loaded.new_context(fixed)
         if context is None:
             raise RunError(f"{self.folder}: TensorRT made no execution context; see its log")
-        context.set_device_memory(self._scratch, max(self._activations, _ALIGNED))
+        context.set_device_memory(self._scratch, self._activations)
         if not context.set_optimization_profile_async(profile, self._memory.stream):
             raise RunError(f"{self.folder}: the engine has no profile {profile}; rebuild it")
         return _Call(context, profile, str(self.folder))

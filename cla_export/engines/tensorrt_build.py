@@ -125,7 +125,7 @@ def build(
         )
     _check(bundle, options)
     label = _label(options)
-    graph = _fixed_graph(bundle, options.capacity)
+    graph = fixed_graph(bundle, options.capacity)
     dest = bundle.folder / "engines" / f"{label}-{options.flavour}-{bundle.dtype}"
     needed = sum(path.stat().st_size for path in bundle.folder.glob("model.onnx*"))
     with new_folder(dest, force=force, needed_bytes=needed, manifest=RECORD) as folder:
@@ -270,7 +270,7 @@ def _check_rtx(options: BuildOptions) -> None:
         )
 
 
-def _fixed_graph(bundle: Bundle, capacity: int) -> bytes:
+def fixed_graph(bundle: Bundle, capacity: int) -> bytes:
     """The bundle's graph with its capacity fixed, past the lint; weights stay outside."""
     import onnx_ir as ir
 

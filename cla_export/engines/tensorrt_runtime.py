@@ -12,7 +12,14 @@ from typing import Any
 
 from cla_export.bundle import Bundle
 from cla_export.engines.cuda_memory import CudaMemory, Memory
-from cla_export.engines.tensorrt_build import ENGINE, FLAVOURS, Built, gpu_label, rebuild_command
+from cla_export.engines.tensorrt_build import (
+    ENGINE,
+    FLAVOURS,
+    Built,
+    fixed_graph,
+    gpu_label,
+    rebuild_command,
+)
 from cla_export.errors import BundleError, MissingEnvironment
 
 
@@ -60,6 +67,11 @@ def load_engine(bundle: Bundle, built: Built) -> Loaded:
             f"{built.folder}: {flavour} {trt.__version__} does not load this engine on "
             f"{memory.name}; its log says why. Rebuild: {rebuild_command(bundle, built.record)}"
         )
+    options = built.record["options"]
+    if options["strip"]:
+        _put_weights_in(trt, engine, logger, bundle, built)
+    if options["weight_streaming"]:  # before any context is made; by default nothing streams
+        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
 
     def new_context(fixed: bool) -> Any:  # noqa: ANN401
         by_caller = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -72,6 +84,19 @@ def load_engine(bundle: Bundle, built: Built) -> Loaded:
         return engine.create_execution_context(config)
 
     return Loaded(engine, new_context, memory, (runtime, logger))
+
+
+def _put_weights_in(trt: Any, engine: Any, logger: Any, bundle: Bundle, built: Built) -> None:  # noqa: ANN401
+    """Refit an engine that was built without weights from the bundle's."""
+    refitter = trt.Refitter(engine, logger)
+    reader = trt.OnnxParserRefitter(refitter, logger)
+    graph = fixed_graph(bundle, int(built.record["options"]["capacity"]))
+    if not reader.refit_from_bytes(graph, str(bundle.graph)) or not refitter.refit_cuda_engine():
+        errors = "; ".join(reader.get_error(i).desc().strip() for i in range(reader.num_errors))
+        raise BundleError(
+            f"{built.folder}: built without weights, and the bundle's do not go in "
+            f"({errors or 'see its log'}). Rebuild: {rebuild_command(bundle, built.record)}"
+        )
 
 
 def check_version(bundle: Bundle, built: Built, version: str) -> None:

@@ -165,7 +165,7 @@ def test_an_engine_of_another_graph_or_a_damaged_one_is_refused(zoo: Zoo, tmp_pa
 def test_polygraphy_reads_the_same_graph(zoo: Zoo, tmp_path):
     """NVIDIA's own tool finds every node supported, and converts the graph."""
     bundle = zoo.bundle("tensorrt-rtx", "fp16", kv_owner=(0, 0))
-    graph = tensorrt_build._fixed_graph(bundle, 64)
+    graph = tensorrt_build.fixed_graph(bundle, 64)
     (tmp_path / "model.onnx").write_bytes(graph)
     shutil.copy(bundle.folder / "model.onnx.data", tmp_path)
     bin_folder = Path(sys.executable).parent

@@ -5,8 +5,10 @@ The memory it binds, views, lengths and captures are exercised as a GPU would; s
 """
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from cla_export.compare.gate import compare_bundle
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.engines.tensorrt import TensorRTExecutor
 from cla_export.engines.tensorrt_build import build, find_engine, open_engine
-from cla_export.engines.tensorrt_runtime import check_gpu, check_version
+from cla_export.engines.tensorrt_runtime import Loaded, check_gpu, check_version, load_engine
 from cla_export.environment import nvidia_gpus
 from cla_export.errors import BadInput, BundleError, MissingEnvironment, RunError
 from cla_export.generation import load
@@ -170,6 +172,71 @@ def test_engines_that_do_not_fit_are_refused(make, bundle: Bundle, portable: Bun
     check_gpu(bundle, other, "NVIDIA H200", "9.0")
     with pytest.raises(BundleError, match="built for NVIDIA H200; this machine's GPU is A GPU"):
         check_gpu(bundle, other, "A GPU", "9.0")
+
+
+class FakeTensorRT(ModuleType):
+    """Records what an engine is asked for; there is no TensorRT behind it."""
+
+    class Logger:
+        WARNING = 2
+
+        def __init__(self, severity: int) -> None:
+            self.severity = severity
+
+    class ExecutionContextAllocationStrategy:
+        USER_MANAGED = "managed by us"
+
+    def __init__(self, version: str, *, refits: bool = True) -> None:
+        super().__init__("fake")
+        self.__version__ = version
+        self.asked: list[str] = []
+        self.refits = refits
+        self.engine = SimpleNamespace(
+            get_weight_streaming_automatic_budget=lambda: 123,
+            create_execution_context=lambda how: how,
+        )
+        trouble = SimpleNamespace(desc=lambda: " no such weight ")
+        self.OnnxParserRefitter = lambda *_: SimpleNamespace(
+            refit_from_bytes=self.refit, num_errors=1, get_error=lambda _: trouble
+        )
+        self.Refitter = lambda *_: SimpleNamespace(refit_cuda_engine=lambda: True)
+        self.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=lambda _: self.engine)
+
+    def refit(self, graph: bytes, path: str) -> bool:
+        self.asked.append(f"refit with {path}")
+        assert b"write_indices" in graph
+        return self.refits
+
+
+def test_what_loading_an_engine_asks_of_tensorrt(bundle: Bundle, monkeypatch):
+    """Over a *fake* TensorRT: weights that were left out come back, weights that may stream do."""
+    built = open_engine(bundle, next((bundle.folder / "engines").iterdir()))
+    memory = SimpleNamespace(name="A GPU", compute_capability="9.0")
+    monkeypatch.setattr("cla_export.engines.tensorrt_runtime.CudaMemory", lambda: memory)
+    monkeypatch.setattr("cla_export.plugin.tensorrt.register", lambda _: None)
+
+    def load_with(fake: FakeTensorRT, **options) -> Loaded:
+        monkeypatch.setitem(sys.modules, "tensorrt", fake)
+        changed = {**built.record, "flavour": "tensorrt", "gpu": "A GPU"}
+        changed |= {"versions": {"tensorrt": "11.0"}}
+        changed["options"] = {**built.record["options"], "compute_capabilities": [], **options}
+        return load_engine(bundle, replace(built, record=changed))
+
+    fake = FakeTensorRT("11.0")
+    assert load_with(fake).new_context(True) == "managed by us"
+    assert not fake.asked
+    assert not hasattr(fake.engine, "weight_streaming_budget_v2")
+    load_with(fake, strip=True, refit=True, weight_streaming=True)
+    assert fake.asked == [f"refit with {bundle.graph}"]
+    assert fake.engine.weight_streaming_budget_v2 == 123
+    with pytest.raises(BundleError, match=r"without weights.*no such weight.*--strip --force"):
+        load_with(FakeTensorRT("11.0", refits=False), strip=True)
+    with pytest.raises(BundleError, match=r"built with tensorrt 11.0, and 11.1 is installed"):
+        load_with(FakeTensorRT("11.1"))
+    load_with(FakeTensorRT("11.1"), version_compatible=True)
+    fake.engine = None
+    with pytest.raises(BundleError, match="does not load this engine on A GPU"):
+        load_with(fake)
 
 
 def test_parity_over_a_simulated_engine(make, bundle: Bundle, portable: Bundle, tmp_path: Path):

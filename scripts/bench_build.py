@@ -1,0 +1,114 @@
+"""Time and memory of exporting a large model and building TensorRT-RTX engines from it, on a CPU.
+
+    python scripts/bench_build.py                         1.1 B parameters, float16, for 8.9
+    python scripts/bench_build.py --layers 4 --keep DIR   a quick look; keeps what was made
+
+Weights are random; each step runs in processes of its own, and its memory is their peak. Engines
+are built, not run.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from cla_export.layout import uniform
+from cla_export.models import cla
+from cla_export.models.checkpoint import save_checkpoint
+
+CONFIG = {  # a 1.1 B Llama's widths
+    "model_type": "cla",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
+SECONDS_AND_BYTES = (  # runs the command line, then prints what it took
+    "import json, resource, subprocess, sys, time; start = time.monotonic();"
+    "done = subprocess.run([sys.executable, '-m', 'cla_export.cli', *sys.argv[1:]],"
+    " stdout=subprocess.PIPE, text=True); used = resource.getrusage(resource.RUSAGE_CHILDREN);"
+    "print(json.dumps([done.returncode, time.monotonic() - start, used.ru_maxrss * 1024,"
+    " done.stdout]))"
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--compute-capability", default="8.9")
+    parser.add_argument("--capacity", type=int, default=4096)
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="folder for everything made")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.keep or Path(scratch)
+        source = make_model(folder / "model", options.layers)
+        print(f"{date.today()}, {processor()}; `python {' '.join(sys.argv)}`\n")
+        print("| step | seconds | peak MiB | result MiB |")
+        print("|---|---|---|---|")
+        for attention in ("native", "plugin"):
+            bundle = folder / attention
+            target = ["--target", "tensorrt-rtx", "--dtype", "fp16", "--attention", attention]
+            seconds, peak, _ = step("export", str(source), str(bundle), *target, "--force")
+            row(f"export, {attention}", seconds, peak, size(bundle / "model.onnx.data"))
+            limits = ["--capacity", str(options.capacity), "--compute-capability"]
+            seconds, peak, found = step(
+                "build", str(bundle), *limits, options.compute_capability, "--force"
+            )
+            row(f"build, {attention}", seconds, max(peak, found["peak_bytes"]),
+                found["engine"]["bytes"])  # fmt: skip
+    return 0
+
+
+def make_model(folder: Path, layers: int) -> Path:
+    """A CLA2 checkpoint in float16."""
+    config = {**CONFIG, "num_hidden_layers": layers, "kv_owner": list(uniform(layers, 2))}
+    torch.manual_seed(0)
+    model = cla.build(cla.read_spec(config)).half()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{count / 1e9:.2f} B parameters, {layers} layers, CLA2, GQA 32/4, float16")
+    save_checkpoint(model, folder, config, dtype=torch.float16)
+    return folder
+
+
+def step(*arguments: str) -> tuple[float, int, dict]:
+    """Seconds, peak bytes and JSON of one command."""
+    command = [sys.executable, "-c", SECONDS_AND_BYTES, *arguments, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    code, seconds, peak, printed = json.loads(done.stdout)
+    if code:
+        raise SystemExit(code)
+    return seconds, peak, json.loads(printed)
+
+
+def row(what: str, seconds: float, peak: int, result: int) -> None:
+    print(f"| {what} | {seconds:.0f} | {peak / 2**20:,.0f} | {result / 2**20:,.0f} |", flush=True)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
