@@ -106,7 +106,7 @@ class Bundle:
 
     def attention_choices(self) -> list[str]:
         """A line for each operator that carries attention: which groups, and why."""
-        groups = cast("list[dict[str, str]]", self.manifest["groups"])
+        groups = cast("list[dict[str, str]]", self.manifest.get("groups", []))
         chosen: dict[tuple[str, str], list[str]] = {}
         for group in groups:
             chosen.setdefault((group["attention"], group["reason"]), []).append(str(group["index"]))
@@ -120,6 +120,11 @@ class Bundle:
         """The model's own config.json."""
         text = (self.folder / "config.json").read_text(encoding="utf-8")
         return cast("dict[str, object]", json.loads(text))
+
+
+def engine_folders(bundle: Bundle) -> list[Path]:
+    """Folders of the engines that were built from a bundle."""
+    return sorted(path.parent for path in (bundle.folder / "engines").glob(f"*/{BUILD_RECORD}"))
 
 
 @contextlib.contextmanager

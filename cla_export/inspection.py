@@ -8,12 +8,13 @@
 | a bundle | bundle.json, config.json and the graph, which must agree |
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cla_export.bundle import MANIFEST, is_bundle, open_bundle
+from cla_export.bundle import BUILD_RECORD, MANIFEST, engine_folders, is_bundle, open_bundle
 from cla_export.errors import BadInput, BundleError, MissingEnvironment
 from cla_export.graph_reading import GraphFacts, read_graph
 from cla_export.layout import DTYPE_BITS, KVLayout, layout_from_config
@@ -65,6 +66,8 @@ class Inspection:
     dense: Costs
     target: str | None = None  # of a bundle
     graph: GraphFacts | None = None
+    attention: tuple[str, ...] = ()  # of a bundle: which operator carries it, and why
+    engines: tuple[str, ...] = ()  # of a bundle: what was built from it
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()  # what could not be said, and why
 
@@ -90,6 +93,8 @@ class Inspection:
             "this_model": asdict(self.own),
             "dense_twin": asdict(self.dense),
             "graph": None if self.graph is None else asdict(self.graph),
+            "attention": list(self.attention),
+            "engines": list(self.engines),
             "ok": self.ok,
             "checks": [asdict(check) for check in self.checks],
             "notes": list(self.notes),
@@ -181,7 +186,7 @@ def _inspect_bundle(folder: Path, context: int | None) -> Inspection:
             _difference("config.json", promised, "bundle.json", layout),
         ),
     )
-    return _compare(
+    found_all = _compare(
         kind="bundle",
         path=folder,
         model_type=_model_type(config),
@@ -193,6 +198,21 @@ def _inspect_bundle(folder: Path, context: int | None) -> Inspection:
         target=str(bundle.manifest.get("target")),
         graph=facts,
         checks=checks,
+    )
+    built = tuple(_describe_engine(path) for path in engine_folders(bundle))
+    return replace(found_all, attention=tuple(bundle.attention_choices()), engines=built)
+
+
+def _describe_engine(folder: Path) -> str:
+    try:
+        record = json.loads((folder / BUILD_RECORD).read_text(encoding="utf-8"))
+        options, size = record["options"], record["engine"]["bytes"]
+        limits = [options[name] for name in ("slots", "capacity", "chunk")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{folder.name}: {BUILD_RECORD} is damaged ({error!r}); build it again"
+    return (
+        f"{folder.name}: {limits[0]} slots of {limits[1]:,} tokens, prompts in chunks of "
+        f"{limits[2]:,}, {size:,} bytes"
     )
 
 

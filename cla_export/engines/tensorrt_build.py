@@ -35,6 +35,7 @@ from cla_export.bundle import (
 from cla_export.bundle import (
     Bundle,
     Progress,
+    engine_folders,
     new_folder,
     open_bundle,
     sha256,
@@ -362,7 +363,7 @@ def _environment(options: BuildOptions, scratch: Path) -> Iterator[dict[str, str
 def find_engine(bundle: Bundle, flavour: str | None = None) -> Path:
     """The only engine that a bundle has of a flavour (None: of its target); BundleError if none."""
     kind = flavour or bundle.target
-    found = sorted(path.parent for path in (bundle.folder / "engines").glob(f"*/{RECORD}"))
+    found = engine_folders(bundle)
     found = [folder for folder in found if folder.name.rpartition("-")[0].endswith(f"-{kind}")]
     if not found:
         raise BundleError(

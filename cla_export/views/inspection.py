@@ -51,6 +51,10 @@ def render(inspection: Inspection, console: Console) -> None:
         graph = inspection.graph
         nodes = ", ".join(f"{count} {operator}" for operator, count in graph.attention.items())
         line(f"  {graph.file}: {graph.stage}, {nodes}, {graph.cache_inputs} cache inputs")
+    for choice in inspection.attention:
+        line(f"  attention, {choice}")
+    for engine in inspection.engines:
+        line(f"  engine {engine}")
     line()
     for text in map_lines(layout, console.width, ascii_only=console.options.ascii_only):
         line(text)

@@ -203,3 +203,16 @@ def test_the_demo_from_the_command_line(tmp_path):
     record = json.loads(done.stdout)
     assert record["folder"].endswith("sm89+sm120-tensorrt-rtx-bfloat16")
     assert record["options"]["compute_capabilities"] == ["8.9", "12.0"]
+
+
+def test_inspect_names_the_engines_and_says_what_carries_attention(zoo: Zoo, tmp_path):
+    made = zoo.bundle("tensorrt-rtx", "fp16", kv_owner=(0, 0), head_dim=46)
+    bundle = copied(made, tmp_path / "b")
+    folder = build(bundle, compute_capabilities=ADA, **SMALL).folder
+    found = cla_export.inspect(bundle.folder)
+    assert "ClaAttention" in found.attention[0] and "not 46" in found.attention[0]
+    assert found.engines[0].startswith(
+        "sm89-tensorrt-rtx-float16: 4 slots of 64 tokens, prompts in"
+    )
+    (folder / RECORD).write_text("{}")
+    assert "is damaged" in cla_export.inspect(bundle.folder).engines[0]
