@@ -274,11 +274,14 @@ def _check_rtx(options: BuildOptions) -> None:
 def fixed_graph(bundle: Bundle, capacity: int) -> bytes:
     """The bundle's graph with its capacity fixed, past the lint; weights stay outside."""
     import onnx_ir as ir
+    from onnx_ir.passes.common import InlinePass
 
     from cla_export.lower.tensorrt_lint import check
     from cla_export.rewrite.keep_last_logits import KEEP
 
     model = ir.load(bundle.graph)
+    if model.functions:  # the lint reads one graph
+        model = InlinePass()(model).model
     graph = model.graph
     values = (*graph.inputs, *graph.outputs, *(out for node in graph for out in node.outputs))
     for value in values:

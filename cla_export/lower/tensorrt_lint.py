@@ -5,14 +5,16 @@ that `cla-export build` takes, our own too. Seen with TensorRT-RTX 1.7 unless sa
 
     lengths_ignored       the parser drops Attention's nonpad_kv_seqlen with a warning: all places
                           of the cache are attended to, filled or not
+    lengths_missing       over a cache without lengths and without a mask: likewise, and by the
+                          graph's own fault
     upper_left            is_causal is read as upper-left: with keys of earlier calls, a query sees
                           the oldest ones only
-    shared_keys_scaled    two Attention nodes on one K and V crash the builder unless their scale is
-                          1: the parser scales K for each of them
+    scaled_twice          a tensor that is query or key of two Attention nodes crashes the builder
+                          unless their scale is 1: the parser scales it for each of them
     outputs               Attention with a present or a qk output is refused
     softcap               refused by the parser; TRT_Attention has none, and ignores the attribute
     not_fused             float32, and head dims over 256, have no fused kernel: refused unless
-                          decomposable
+                          decomposable. What the graph does not say cannot be checked
     mask_and_causal       TRT_Attention takes a mask or a causal kind; given both it is refused
     cache_length          the length of a cache must be a constant
     cache_place           a cache must be a graph input and its present a graph output, each used by
@@ -33,8 +35,13 @@ from cla_export.errors import GraphError
 from cla_export.rewrite.report import describe
 
 _FUSED_HEAD_DIM = 256
+_PER_TOKEN = 2  # dimensions of an input that has one number for each token: ids, positions
 _UPDATES = ("TensorScatter", "TRT_KVCacheUpdate")
 _FLOAT8 = ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")
+_MIXING = (  # what comes out of these is no longer what was stored
+    *("MatMul", "Gemm", "Conv", "Einsum", "Softmax", "LayerNormalization", "RMSNormalization"),
+    *("Attention", "TRT_Attention", "ClaAttention", "ReduceMean", "ReduceSum", "Shape"),
+)
 _KNOWN_DOMAINS = ("", "ai.onnx", "trt", "cla")
 Rule = Callable[[ir.Graph], Iterator[str]]
 
@@ -79,6 +86,38 @@ def lengths_ignored(graph: ir.Graph) -> Iterator[str]:
             )
 
 
+def lengths_missing(graph: ir.Graph) -> Iterator[str]:
+    for node in _nodes(graph, "Attention", "TRT_Attention"):
+        given = [_input(node, slot) for slot in (3, 5 if node.op_type == "TRT_Attention" else 6)]
+        if any(value is not None for value in given):
+            continue
+        cache = next((v for v in _stored(_input(node, 1)) if _is_present(v)), None)
+        if cache is not None:
+            yield (
+                f"{describe(node)} reads {cache.name} without kv_lengths or a mask, so places that "
+                "hold nothing yet too; give it kv_lengths"
+            )
+
+
+def _stored(value: ir.Value | None) -> Iterator[ir.Value]:
+    """What a value is made of without arithmetic that mixes tokens or channels: itself, too."""
+    waiting, seen = [value], set()
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        producer = current.producer()
+        if producer is not None and producer.op_type not in (*_MIXING, *_UPDATES):
+            waiting += producer.inputs
+
+
+def _is_present(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type in _UPDATES
+
+
 def upper_left(graph: ir.Graph) -> Iterator[str]:
     for node in _standard(graph):
         if not node.attributes.get_int("is_causal", 0):
@@ -96,9 +135,7 @@ def _same_length(query: ir.Value | None, key: ir.Value | None) -> bool:
     """Whether both have as many tokens: by a constant, or by one name that is no cache's."""
     if query is None or key is None or query.shape is None or key.shape is None:
         return False
-    if key.is_graph_input() or (producer := key.producer()) is None:
-        return False
-    if producer.op_type in (*_UPDATES, "Concat"):
+    if any(_is_present(value) or _is_old(value) for value in _stored(key)):
         return False
     one, other = query.shape[-2], key.shape[-2]
     if isinstance(one, int) and isinstance(other, int):
@@ -106,26 +143,49 @@ def _same_length(query: ir.Value | None, key: ir.Value | None) -> bool:
     return not isinstance(one, int) and one.value is not None and one == other
 
 
+def _is_old(value: ir.Value) -> bool:
+    """Whether a value may hold tokens of earlier calls: an input with places, or glued to some."""
+    if value.is_graph_input():
+        return value.shape is None or len(value.shape) > _PER_TOKEN
+    producer = value.producer()
+    if producer is None or producer.op_type != "Concat" or value.shape is None:
+        return producer is not None and producer.op_type == "Concat"
+    axis = producer.attributes.get_int("axis", 0)
+    return axis not in (-1, len(value.shape) - 1)
+
+
 def _shape(value: ir.Value | None) -> str:
     return "no shape" if value is None or value.shape is None else str(list(value.shape))
 
 
-def shared_keys_scaled(graph: ir.Graph) -> Iterator[str]:
-    readers: dict[tuple[int, int], list[ir.Node]] = {}
+def scaled_twice(graph: ir.Graph) -> Iterator[str]:
+    scaled: dict[int, list[ir.Node]] = {}
     for node in _standard(graph):
-        key, value = _input(node, 1), _input(node, 2)
-        for slot, shared in ((1, key), (2, value)):
-            if shared is not None:
-                readers.setdefault((slot, id(shared)), []).append(node)
-    named = set()
-    for (slot, _), nodes in readers.items():
-        scaled = [n for n in nodes if n.attributes.get_float("scale", 0.0) != 1.0]
-        if slot == 1 and len(nodes) > 1 and scaled and scaled[0].name not in named:
-            named.add(scaled[0].name)
+        if node.attributes.get_float("scale", 0.0) == 1.0:
+            continue
+        for slot in (0, 1):
+            if (value := _input(node, slot)) is not None:
+                scaled.setdefault(id(_renamed(value)), []).append(node)
+    named: set[int] = set()
+    for nodes in scaled.values():
+        if len(nodes) > 1 and id(nodes[0]) not in named:
+            named.update(id(node) for node in nodes)
+            other = "uses it twice" if nodes[0] is nodes[1] else f"shares it with {nodes[1].name!r}"
             yield (
-                f"{describe(scaled[0])} shares its keys with {len(nodes) - 1} more and scales "
-                "them, which crashes TensorRT's builder; scale the query instead and set scale=1"
+                f"{describe(nodes[0])} scales a query or key and {other}, which crashes TensorRT's "
+                "builder; scale the query before it instead, and set scale=1"
             )
+
+
+def _renamed(value: ir.Value) -> ir.Value:
+    """The value that the parser takes for this one: in front of nodes that change nothing."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in ("Identity", "Cast"):
+        before = producer.inputs[0]
+        if before is None or (producer.op_type == "Cast" and before.dtype != value.dtype):
+            break
+        value, producer = before, before.producer()
+    return value
 
 
 def outputs(graph: ir.Graph) -> Iterator[str]:
@@ -149,6 +209,11 @@ def not_fused(graph: ir.Graph) -> Iterator[str]:
         query = _input(node, 0)
         if node.attributes.get_int("TRT_decomposable", 0) or query is None:
             continue
+        if query.dtype is None or query.shape is None:
+            yield (
+                f"{describe(node)}: the graph does not say the dtype and shape of its query, so it "
+                "cannot be checked; run onnx.shape_inference on it"
+            )
         if query.dtype == ir.DataType.FLOAT:
             yield (
                 f"{describe(node)} is float32, which no fused kernel computes; set "
@@ -215,17 +280,13 @@ def past_read(graph: ir.Graph) -> Iterator[str]:
         past = _input(node, 0)
         if past is None:
             continue
-        others = [user for user, _ in past.uses() if user is not node]
-        for user in others:
-            if user.op_type not in _UPDATES and not _reads_length_alone(user):
+        for user, slot in past.uses():
+            written = user.op_type in _UPDATES and slot == 0  # cache_place has a word on a second
+            if not written and user.op_type != "Shape":
                 yield (
                     f"{describe(user)} reads {past.name} beside the update that overwrites it; "
                     f"read {node.outputs[0].name}"
                 )
-
-
-def _reads_length_alone(node: ir.Node) -> bool:
-    return node.op_type == "Shape"
 
 
 def foreign_operators(graph: ir.Graph) -> Iterator[str]:
@@ -239,8 +300,9 @@ def foreign_operators(graph: ir.Graph) -> Iterator[str]:
 
 RULES: Sequence[Rule] = (
     lengths_ignored,
+    lengths_missing,
     upper_left,
-    shared_keys_scaled,
+    scaled_twice,
     outputs,
     softcap,
     not_fused,

@@ -25,6 +25,7 @@ class Graph:
         ]
         self.inputs += [self.vector("write_indices"), self.vector("kv_lengths")]
         self.outputs: list[onnx.ValueInfoProto] = []
+        self.inner: list[onnx.ValueInfoProto] = []  # shapes that the graph states
 
     def value(self, name: str, heads: int, length: Any, dtype: int | None = None):
         return helper.make_tensor_value_info(
@@ -67,7 +68,7 @@ class Graph:
 
     def reader(
         self, op: str = "TRT_Attention", *, extra: tuple[str, ...] | None = None,
-        keys: str = "present", outputs: int = 1, **attributes: Any,
+        keys: str = "present", query: str = "q", outputs: int = 1, **attributes: Any,
     ) -> "Graph":  # fmt: skip
         dialect = op == "TRT_Attention"
         if dialect and extra is None:
@@ -75,7 +76,7 @@ class Graph:
             attributes.setdefault("causal_kind", "lower_right")
         number = sum(node.op_type in ("Attention", "TRT_Attention") for node in self.nodes)
         names = [f"y{number}", *(f"y{number}.{i}" for i in range(1, outputs))]
-        inputs = ["q", f"{keys}.key" if keys != "new" else "k"]
+        inputs = [query, f"{keys}.key" if keys != "new" else "k"]
         inputs.append(f"{keys}.value" if keys != "new" else "v")
         self.nodes.append(
             helper.make_node(
@@ -95,7 +96,9 @@ class Graph:
         return self
 
     def model(self) -> onnx.ModelProto:
-        graph = helper.make_graph(self.nodes, "graph", self.inputs, self.outputs)
+        graph = helper.make_graph(
+            self.nodes, "graph", self.inputs, self.outputs, value_info=self.inner
+        )
         opsets = [("", 24), ("trt", 1), ("com.microsoft", 1)]
         imports = [helper.make_opsetid(*pair) for pair in opsets]
         return helper.make_model(graph, opset_imports=imports, ir_version=11)
@@ -133,6 +136,60 @@ def _past_read() -> Graph:
     return graph.reader().reader(keys="past")
 
 
+def _two_readers(query: str, op: str = "Identity", mask: bool = True, **how: Any) -> Graph:
+    """Two standard nodes over one cache; the second reads it through `op`, and asks `query`."""
+    graph = Graph().scattered()
+    graph.inputs.append(graph.value("q2", HEADS, "S"))
+    kind = TensorProto.BOOL
+    graph.inputs.append(helper.make_tensor_value_info("mask", kind, ["B", 1, "S", PLACES]))
+    for part in ("key", "value"):
+        graph.node(op, [f"present.{part}"], [f"seen.{part}"])
+    how["extra"] = ("mask",) if mask else ()
+    return graph.reader("Attention", **how).reader("Attention", keys="seen", query=query, **how)
+
+
+def other_queries() -> Graph:
+    """Not what it looks like: scaled, but each node has a query and a key of its own."""
+    return _two_readers("q2", "Neg", scale=0.25)
+
+
+def _turned(dims_lie: bool) -> Graph:
+    """A causal reader of a cache that was turned around twice, whose shape says otherwise."""
+    graph = Graph().scattered()
+    for part in ("key", "value"):
+        graph.node("Transpose", [f"present.{part}"], [f"turned.{part}"], perm=[0, 1, 3, 2])
+        graph.node("Transpose", [f"turned.{part}"], [f"back.{part}"], perm=[0, 1, 3, 2])
+        if dims_lie:
+            graph.inner.append(graph.value(f"back.{part}", 2, "S"))
+    return graph.reader("Attention", keys="back", scale=1.0, is_causal=1)
+
+
+def _glued() -> Graph:
+    """The cache of a plain export: past and new keys in one Concat, no update."""
+    graph = Graph()
+    for part, new in (("key", "k"), ("value", "v")):
+        graph.inputs.append(graph.value(f"past.{part}", 2, "P"))
+        graph.node("Concat", [f"past.{part}", new], [f"present.{part}"], axis=2)
+        graph.node("Mul", [f"present.{part}", "one"], [f"mine.{part}"])
+        graph.inner.append(graph.value(f"mine.{part}", 2, "S"))
+    graph.inputs.append(helper.make_tensor_value_info("one", HALF, []))
+    return graph.reader("Attention", keys="mine", scale=1.0, is_causal=1)
+
+
+def _past_into_another() -> Graph:
+    graph = Graph().cache().reader()
+    graph.inputs.append(graph.value("other", 2, PLACES))
+    inputs = ["other", "past.key", "write_indices"]
+    graph.node("TRT_KVCacheUpdate", inputs, ["other.present"], domain="trt")
+    graph.outputs.append(graph.value("other.present", 2, PLACES))
+    return graph
+
+
+def _untyped() -> Graph:
+    graph = Graph(dtype=FLOAT).cache().node("Neg", ["q"], ["asked"])
+    return graph.reader(query="asked")
+
+
 # rule -> graph, and what becomes of it without the lint: "crash", "refused", "built" (wrong, then),
 # or "unclear" where versions differ
 WRONG: dict[str, tuple[Graph, str]] = {
@@ -140,11 +197,12 @@ WRONG: dict[str, tuple[Graph, str]] = {
         Graph().scattered().reader("Attention", extra=("", "", "", "n"), scale=1.0, is_causal=1),
         "built",
     ),
-    "upper_left": (Graph().scattered().reader("Attention", scale=1.0, is_causal=1), "built"),
-    "shared_keys_scaled": (
-        Graph().scattered().reader("Attention", scale=0.25).reader("Attention", scale=0.25),
-        "crash",
+    "lengths_missing": (
+        Graph().cache().reader(extra=(), causal_kind="lower_right"),
+        "built",
     ),
+    "upper_left": (Graph().scattered().reader("Attention", scale=1.0, is_causal=1), "built"),
+    "scaled_twice": (_two_readers("q2", scale=0.25), "crash"),
     "outputs": (Graph().reader("Attention", keys="new", outputs=2, scale=1.0), "refused"),
     "softcap": (Graph().reader("Attention", keys="new", softcap=30.0, scale=1.0), "refused"),
     "not_fused": (Graph(dtype=FLOAT).cache().reader(), "refused"),
@@ -170,5 +228,13 @@ VARIANTS: dict[str, Graph] = {  # more ways into a rule's arms
         "Attention", extra=("", "past.key", "past.value"), keys="new", scale=1.0
     ),
     "softcap: dialect": Graph().cache().reader(softcap=30.0),
+    "scaled_twice: one query": _two_readers("q", "Neg", scale=0.25),
+    "scaled_twice: default scale": _two_readers("q2"),
+    "lengths_missing: standard": _two_readers("q2", mask=False, scale=1.0),
+    "lengths_missing: turned": _turned(dims_lie=False),
+    "upper_left: a shape that lies": _turned(dims_lie=True),
+    "upper_left: glued": _glued(),
+    "past_read: into another cache": _past_into_another(),
+    "not_fused: dtype unsaid": _untyped(),
     "upper_left: keys from a cache": Graph().cache().reader("Attention", scale=1.0, is_causal=1),
 }  # fmt: skip
