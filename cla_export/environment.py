@@ -311,8 +311,13 @@ def _targets(
             (*gpu_needs, *device_needs),
             gpu_install if gpu_needs else None,
         ),
-        _builder("tensorrt", packages["tensorrt"], device_needs, "tensorrt"),
-        _builder("tensorrt-rtx", packages["tensorrt-rtx-cu13"], _rtx_defect(), "rtx"),
+        _target(
+            "tensorrt",
+            [packages["tensorrt"]],
+            device_needs,
+            "pip install 'cla-export[tensorrt]'",
+        ),
+        _rtx(packages["tensorrt-rtx-cu13"], device_needs),
     )
 
 
@@ -322,15 +327,14 @@ def _target(name: str, packages: list[Package], more: list[str], install: str) -
     return Target(name, state, _found(packages), needs, install if needs else None)
 
 
-def _builder(name: str, library: Package, more: list[str], extra: str) -> Target:
-    """Report a target whose engines are built here, and run by no executor of this version."""
-    needs = [library.trouble] if not library.ok else []
-    install = f"pip install 'cla-export[{extra}]'" if needs else None
-    blocking = [*needs, *(more if name == "tensorrt" else [])]
-    state: State = _state([library], blocking)
-    if state == "ready":
-        state, needs = "builds only", ["engines are built; this version has no executor for them"]
-    return Target(name, state, _found([library]), (*needs, *more), install)
+def _rtx(library: Package, device_needs: list[str]) -> Target:
+    """Report TensorRT-RTX, which builds engines where nothing can run them, too."""
+    needs = [] if library.ok else [library.trouble]
+    install = "pip install 'cla-export[rtx]'" if needs else None
+    state: State = _state([library], needs)
+    if state == "ready" and device_needs:
+        state, needs = "builds only", [f"engines run on an RTX GPU: {device_needs[0]}"]
+    return Target("tensorrt-rtx", state, _found([library]), (*needs, *_rtx_defect()), install)
 
 
 def _rtx_defect() -> list[str]:

@@ -183,8 +183,7 @@ def test_a_gpu_machine(machine: Path) -> None:
     assert targets["onnxruntime GPU"].install is None
     assert targets["onnxruntime CPU"].state == "ready"  # the GPU build has the CPU provider too
     tensorrt = targets["tensorrt"]
-    assert (tensorrt.state, tensorrt.found) == ("builds only", ("tensorrt 11.1.0.106",))
-    assert tensorrt.needs == ("engines are built; this version has no executor for them",)
+    assert (tensorrt.state, tensorrt.found) == ("ready", ("tensorrt 11.1.0.106",))
     assert tensorrt.install is None
     assert found.ok
 
@@ -235,6 +234,7 @@ def test_the_link_that_the_rtx_wheel_lacks(machine: Path) -> None:
     (libraries / "libtensorrt_rtx.so.1").write_text("")
     rtx = doctor().targets[-1]
     assert rtx.state == "builds only"
+    assert rtx.needs[0].startswith("engines run on an RTX GPU: no NVIDIA GPU")
     assert "aborts the process" in rtx.needs[-1]
     assert environment.fix() == [f"{libraries / 'libtensorrt_rtx.so'} -> libtensorrt_rtx.so.1"]
     assert (libraries / "libtensorrt_rtx.so").resolve() == libraries / "libtensorrt_rtx.so.1"
