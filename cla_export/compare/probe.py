@@ -134,18 +134,24 @@ def _sensitivity(
     For weights p, scores s and values v, to first order: sum of p |s| (|v| + |y|).
     """
     del dropout_p, enable_gqa
-    repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    masked = scores
-    if is_causal:
-        masked = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
-    elif attn_mask is not None and attn_mask.dtype == torch.bool:
-        masked = scores.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        masked = scores + attn_mask
-    weights = masked.softmax(-1) * scores.abs()
-    return float((weights @ v.abs() + weights.sum(-1, keepdim=True) * y.abs()).max())
+    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
+    repeat = heads // k.shape[1]
+    allowed = torch.ones(queries, keys, dtype=torch.bool).tril() if is_causal else attn_mask
+    if allowed is not None:
+        allowed = allowed.expand(1, heads, queries, keys)
+    largest = 0.0
+    for head in range(heads):  # one at a time: scores of long prompts are large
+        mine, key, value = q[:, head], k[:, head // repeat], v[:, head // repeat]
+        scores = mine @ key.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        masked = scores
+        if allowed is not None and allowed.dtype == torch.bool:
+            masked = scores.masked_fill(~allowed[:, head], -torch.inf)
+        elif allowed is not None:
+            masked = scores + allowed[:, head]
+        weights = masked.softmax(-1) * scores.abs()
+        moved = weights @ value.abs() + weights.sum(-1, keepdim=True) * y[:, head].abs()
+        largest = max(largest, float(moved.max()))
+    return largest
 
 
 def _tokens_first(value: Tensor) -> Exact:
