@@ -124,6 +124,11 @@ def summaries(report: ParityReport) -> list[str]:
     """The rest of the verdict, a sentence each; where it went wrong first."""
     where = divergence_sentence(report)
     lines = [] if where is None else [where]
+    if where is None and report.inside is not None:
+        lines.append(
+            f"inside the layers: the largest error of any step is {report.inside:.0%} of what is "
+            "allowed"
+        )
     if report.greedy:
         tokens = sum(result.tokens for result in report.greedy)
         ties = sum(result.near_ties for result in report.greedy)

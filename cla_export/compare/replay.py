@@ -63,7 +63,7 @@ class Episode:
     held: int  # made-up tokens before
     made: dict[Key, list[NDArray[np.float32]]] = field(default_factory=dict)  # by the bundle
     expected: Tensors = field(default_factory=dict)
-    native: Tensors = field(default_factory=dict)
+    natives: list[Tensors] = field(default_factory=list)
     sensitivity: Sensitivity = field(default_factory=dict)
 
     def cut(self, length: int) -> "Episode":
@@ -80,12 +80,13 @@ class Episode:
         row, forced = np.array(self.tokens, np.int64), self.whole()
         forced = {key: value for key, value in forced.items() if np.isfinite(value).all()}
         self.expected, self.sensitivity = torch_tensors(reference.exact, row, forced, before)
-        self.native, _ = torch_tensors(reference.native, row, forced, before)
+        self.natives = [torch_tensors(s, row, forced, before)[0] for s in reference.yardstick]
         for role, cache in CACHES.items():
             for layer in [layer for layer, found in self.expected if found == role]:
                 own = forced.get((layer, role))
                 exact = self.expected[layer, role] if own is None else own.astype(np.float64)
-                self.expected[layer, cache] = self.native[layer, cache] = exact
+                for tensors in (self.expected, *self.natives):
+                    tensors[layer, cache] = exact
 
 
 def open_marked(
@@ -125,7 +126,8 @@ def differences(
                 got = _got(call, index, layer, role, layout, episode.held)
                 if got is None or (layer, role) not in episode.expected:
                     continue
-                whole, native = episode.expected[layer, role], episode.native[layer, role]
+                whole = episode.expected[layer, role]
+                natives = [tensors[layer, role] for tensors in episode.natives]
                 start = 0 if role in CACHES.values() else call.starts[index] - episode.held
                 expected = whole[start : start + len(got)]
                 keys, scores = 0, 0.0
@@ -142,8 +144,8 @@ def differences(
                     got=got,
                     expected=expected,
                     error=error,
-                    tolerance=threshold.of(whole, [native], keys, scores),
-                    mean_tolerance=threshold.mean_of(whole, native),
+                    tolerance=threshold.of(whole, natives, keys, scores),
+                    mean_tolerance=threshold.mean_of(whole, natives[0]),
                 )
 
 
