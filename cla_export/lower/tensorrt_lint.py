@@ -1,16 +1,22 @@
 """What TensorRT would accept and get wrong, or crash on: refused before any builder runs.
 
 Each rule is a function from a graph to complaints; `RULES` lists them all. Checked on every graph
-that `cla-export build` takes, our own too. Seen with TensorRT-RTX 1.7 unless said otherwise:
+that `cla-export build` takes, our own too. TensorRT's parser looks at a node's operator and not at
+its domain, so the rules do too. Seen with TensorRT-RTX 1.7 unless said otherwise:
 
+    attributes_dropped    attributes that the parser does not know are left out without a warning: a
+                          window of Attention, a scale of TRT_Attention
     lengths_ignored       the parser drops Attention's nonpad_kv_seqlen with a warning: all places
                           of the cache are attended to, filled or not
     lengths_missing       over a cache without lengths and without a mask: likewise, and by the
                           graph's own fault
     upper_left            is_causal is read as upper-left: with keys of earlier calls, a query sees
-                          the oldest ones only
-    scaled_twice          a tensor that is query or key of two Attention nodes crashes the builder
-                          unless their scale is 1: the parser scales it for each of them
+                          the oldest ones only (by the operator's text that is right without
+                          lengths, but nobody means it)
+    mask_stretched        Attention's mask with one column is stretched over all keys; the operator
+                          pads it with False
+    scaled_twice          a tensor that is multiplied by one number for two uses as a query or a key
+                          crashes the builder: by two nodes' scale, or by a node in front of them
     outputs               Attention with a present or a qk output is refused
     softcap               refused by the parser; TRT_Attention has none, and ignores the attribute
     not_fused             float32, and head dims over 256, have no fused kernel: refused unless
@@ -32,17 +38,45 @@ from collections.abc import Callable, Iterator, Sequence
 import onnx_ir as ir
 
 from cla_export.errors import GraphError
+from cla_export.lower.lint_values import (
+    UPDATES,
+    Numbers,
+    is_old,
+    is_present,
+    made_of,
+    multiplied,
+    stored_in,
+)
 from cla_export.rewrite.report import describe
 
 _FUSED_HEAD_DIM = 256
-_PER_TOKEN = 2  # dimensions of an input that has one number for each token: ids, positions
-_UPDATES = ("TensorScatter", "TRT_KVCacheUpdate")
 _FLOAT8 = ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")
-_MIXING = (  # what comes out of these is no longer what was stored
-    *("MatMul", "Gemm", "Conv", "Einsum", "Softmax", "LayerNormalization", "RMSNormalization"),
-    *("Attention", "TRT_Attention", "ClaAttention", "ReduceMean", "ReduceSum", "Shape"),
-)
 _KNOWN_DOMAINS = ("", "ai.onnx", "trt", "cla")
+_ATTENTION = ("Attention", "TRT_Attention")
+_INT, _FLOAT, _STRING = ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING
+_ATTRIBUTES = {  # that the parser reads, and softcap, which it refuses
+    "Attention": {
+        "is_causal": _INT,
+        "kv_num_heads": _INT,
+        "q_num_heads": _INT,
+        "qk_matmul_output_mode": _INT,
+        "scale": _FLOAT,
+        "softcap": _FLOAT,
+        "softmax_precision": _INT,
+        "TRT_decomposable": _INT,
+    },
+    "TRT_Attention": {
+        "causal_kind": _STRING,
+        "kv_form": _STRING,
+        "nb_rank": _INT,
+        "query_form": _STRING,
+        "softcap": _FLOAT,
+        "TRT_decomposable": _INT,
+        "TRT_normalization_op": _STRING,
+    },
+}
+_NO_WINDOW = -1
+_PACKED = 3  # dimensions of a query with its heads side by side
 Rule = Callable[[ir.Graph], Iterator[str]]
 
 
@@ -73,12 +107,45 @@ def _input(node: ir.Node, slot: int) -> ir.Value | None:
     return node.inputs[slot] if slot < len(node.inputs) else None
 
 
-def _standard(graph: ir.Graph) -> Iterator[ir.Node]:
-    return (node for node in _nodes(graph, "Attention") if node.domain in ("", "ai.onnx"))
+def _number(node: ir.Node, name: str, default: float) -> float:
+    """An attribute's number; the default if it is of another type, which has a rule of its own."""
+    attribute = node.attributes.get(name)
+    good = attribute is not None and attribute.type in (_INT, _FLOAT)
+    return float(attribute.value) if good else default  # type: ignore[union-attr]
+
+
+def _text(node: ir.Node, name: str, default: str) -> str:
+    attribute = node.attributes.get(name)
+    return str(attribute.value) if attribute is not None else default
+
+
+def _dim(value: ir.Value | None, axis: int) -> object:
+    """A dimension; None if the graph does not say it."""
+    if value is None or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+        return None
+    return value.shape[axis]
+
+
+def attributes_dropped(graph: ir.Graph) -> Iterator[str]:
+    for node in _nodes(graph, *_ATTENTION):
+        known = _ATTRIBUTES[node.op_type]
+        for name, attribute in node.attributes.items():
+            if name.endswith("_window_size") and _number(node, name, 0.0) == _NO_WINDOW:
+                continue
+            if name not in known:
+                yield (
+                    f"{describe(node)} has {name}={attribute.value}, which TensorRT's parser drops "
+                    f"without a word; it knows {', '.join(sorted(known))}"
+                )
+            elif attribute.type != known[name]:
+                yield (
+                    f"{describe(node)}: {name} is of type {attribute.type.name}; expected "
+                    f"{known[name].name}"
+                )
 
 
 def lengths_ignored(graph: ir.Graph) -> Iterator[str]:
-    for node in _standard(graph):
+    for node in _nodes(graph, "Attention"):
         if _input(node, 6) is not None:
             yield (
                 f"{describe(node)} has nonpad_kv_seqlen, which TensorRT's parser drops; use "
@@ -87,11 +154,12 @@ def lengths_ignored(graph: ir.Graph) -> Iterator[str]:
 
 
 def lengths_missing(graph: ir.Graph) -> Iterator[str]:
-    for node in _nodes(graph, "Attention", "TRT_Attention"):
+    for node in _nodes(graph, *_ATTENTION):
         given = [_input(node, slot) for slot in (3, 5 if node.op_type == "TRT_Attention" else 6)]
         if any(value is not None for value in given):
             continue
-        cache = next((v for v in _stored(_input(node, 1)) if _is_present(v)), None)
+        read = (v for slot in (1, 2) for v in made_of(_input(node, slot)))
+        cache = next((value for value in read if is_present(value)), None)
         if cache is not None:
             yield (
                 f"{describe(node)} reads {cache.name} without kv_lengths or a mask, so places that "
@@ -99,33 +167,18 @@ def lengths_missing(graph: ir.Graph) -> Iterator[str]:
             )
 
 
-def _stored(value: ir.Value | None) -> Iterator[ir.Value]:
-    """What a value is made of without arithmetic that mixes tokens or channels: itself, too."""
-    waiting, seen = [value], set()
-    while waiting:
-        current = waiting.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        producer = current.producer()
-        if producer is not None and producer.op_type not in (*_MIXING, *_UPDATES):
-            waiting += producer.inputs
-
-
-def _is_present(value: ir.Value) -> bool:
-    producer = value.producer()
-    return producer is not None and producer.op_type in _UPDATES
-
-
 def upper_left(graph: ir.Graph) -> Iterator[str]:
-    for node in _standard(graph):
-        if not node.attributes.get_int("is_causal", 0):
-            continue
+    for node in _nodes(graph, *_ATTENTION):
         query, key = _input(node, 0), _input(node, 1)
-        if not _same_length(query, key):
+        if node.op_type == "TRT_Attention":
+            causal, what = _text(node, "causal_kind", "none") == "upper_left", "upper_left"
+            wrong = any(is_present(value) for value in made_of(key))
+        else:
+            causal, what = bool(_number(node, "is_causal", 0)), "is_causal=1"
+            wrong = not _same_length(query, key)
+        if causal and wrong:
             yield (
-                f"{describe(node)} has is_causal=1 over keys that are not the queries' own "
+                f"{describe(node)} has {what} over keys that are not the queries' own "
                 f"({_shape(query)} and {_shape(key)}); TensorRT aligns it to the upper left. Use "
                 "TRT_Attention with causal_kind=lower_right, or a mask"
             )
@@ -133,63 +186,54 @@ def upper_left(graph: ir.Graph) -> Iterator[str]:
 
 def _same_length(query: ir.Value | None, key: ir.Value | None) -> bool:
     """Whether both have as many tokens: by a constant, or by one name that is no cache's."""
-    if query is None or key is None or query.shape is None or key.shape is None:
+    if any(is_present(value) or is_old(value) for value in stored_in(key)):
         return False
-    if any(_is_present(value) or _is_old(value) for value in _stored(key)):
-        return False
-    one, other = query.shape[-2], key.shape[-2]
-    if isinstance(one, int) and isinstance(other, int):
+    one, other = _dim(query, -2), _dim(key, -2)
+    if isinstance(one, int) or isinstance(other, int):
         return one == other
-    return not isinstance(one, int) and one.value is not None and one == other
-
-
-def _is_old(value: ir.Value) -> bool:
-    """Whether a value may hold tokens of earlier calls: an input with places, or glued to some."""
-    if value.is_graph_input():
-        return value.shape is None or len(value.shape) > _PER_TOKEN
-    producer = value.producer()
-    if producer is None or producer.op_type != "Concat" or value.shape is None:
-        return producer is not None and producer.op_type == "Concat"
-    axis = producer.attributes.get_int("axis", 0)
-    return axis not in (-1, len(value.shape) - 1)
+    known = isinstance(one, ir.SymbolicDim) and one.value is not None
+    return known and one == other
 
 
 def _shape(value: ir.Value | None) -> str:
     return "no shape" if value is None or value.shape is None else str(list(value.shape))
 
 
+def mask_stretched(graph: ir.Graph) -> Iterator[str]:
+    for node in _nodes(graph, "Attention"):
+        if _dim(_input(node, 3), -1) == 1 and _dim(_input(node, 1), -2) != 1:
+            yield (
+                f"{describe(node)}: its mask has one column, which TensorRT stretches over all "
+                "keys, and the operator does not; give the mask a column for each key"
+            )
+
+
 def scaled_twice(graph: ir.Graph) -> Iterator[str]:
+    numbers = Numbers(graph)
     scaled: dict[int, list[ir.Node]] = {}
-    for node in _standard(graph):
-        if node.attributes.get_float("scale", 0.0) == 1.0:
-            continue
+    for node in _nodes(graph, *_ATTENTION):
+        scales = node.op_type == "Attention" and _number(node, "scale", 0.0) != 1.0
         for slot in (0, 1):
-            if (value := _input(node, slot)) is not None:
-                scaled.setdefault(id(_renamed(value)), []).append(node)
+            value = _input(node, slot)
+            if value is None:
+                continue
+            base, times_number = multiplied(value)
+            if scales or times_number:
+                scaled.setdefault(numbers[base], []).append(node)
     named: set[int] = set()
     for nodes in scaled.values():
         if len(nodes) > 1 and id(nodes[0]) not in named:
             named.update(id(node) for node in nodes)
             other = "uses it twice" if nodes[0] is nodes[1] else f"shares it with {nodes[1].name!r}"
             yield (
-                f"{describe(nodes[0])} scales a query or key and {other}, which crashes TensorRT's "
-                "builder; scale the query before it instead, and set scale=1"
+                f"{describe(nodes[0])} has a query or key that is multiplied by a number, and "
+                f"{other}, which crashes TensorRT's builder; multiply it in float32 and round "
+                "afterwards, once for each node, and set scale=1"
             )
 
 
-def _renamed(value: ir.Value) -> ir.Value:
-    """The value that the parser takes for this one: in front of nodes that change nothing."""
-    producer = value.producer()
-    while producer is not None and producer.op_type in ("Identity", "Cast"):
-        before = producer.inputs[0]
-        if before is None or (producer.op_type == "Cast" and before.dtype != value.dtype):
-            break
-        value, producer = before, before.producer()
-    return value
-
-
 def outputs(graph: ir.Graph) -> Iterator[str]:
-    for node in _standard(graph):
+    for node in _nodes(graph, "Attention"):
         used = [out for out in node.outputs[1:] if out.name]
         if used or _input(node, 4) is not None or _input(node, 5) is not None:
             yield (
@@ -199,15 +243,15 @@ def outputs(graph: ir.Graph) -> Iterator[str]:
 
 
 def softcap(graph: ir.Graph) -> Iterator[str]:
-    for node in _nodes(graph, "Attention", "TRT_Attention"):
-        if node.attributes.get_float("softcap", 0.0):
+    for node in _nodes(graph, *_ATTENTION):
+        if _number(node, "softcap", 0.0):
             yield f"{describe(node)} has a softcap, which TensorRT lacks; use the plugin"
 
 
 def not_fused(graph: ir.Graph) -> Iterator[str]:
-    for node in _nodes(graph, "Attention", "TRT_Attention"):
+    for node in _nodes(graph, *_ATTENTION):
         query = _input(node, 0)
-        if node.attributes.get_int("TRT_decomposable", 0) or query is None:
+        if _number(node, "TRT_decomposable", 0) or query is None:
             continue
         if query.dtype is None or query.shape is None:
             yield (
@@ -219,7 +263,10 @@ def not_fused(graph: ir.Graph) -> Iterator[str]:
                 f"{describe(node)} is float32, which no fused kernel computes; set "
                 "TRT_decomposable=1, or export with --dtype fp16 or bf16"
             )
-        dim = query.shape[-1] if query.shape is not None else None
+        dim = _dim(query, -1)
+        heads = int(_number(node, "q_num_heads", 0))
+        if isinstance(dim, int) and heads and len(query.shape or ()) == _PACKED:
+            dim //= heads
         if isinstance(dim, int) and dim > _FUSED_HEAD_DIM:
             yield (
                 f"{describe(node)} has head dim {dim}; fused kernels end at {_FUSED_HEAD_DIM}. Set "
@@ -229,19 +276,18 @@ def not_fused(graph: ir.Graph) -> Iterator[str]:
 
 def mask_and_causal(graph: ir.Graph) -> Iterator[str]:
     for node in _nodes(graph, "TRT_Attention"):
-        kind = node.attributes.get_string("causal_kind", "none")
+        kind = _text(node, "causal_kind", "none")
         if _input(node, 3) is not None and kind != "none":
             yield f"{describe(node)} has a mask and causal_kind={kind}; give it one of the two"
 
 
 def _updates(graph: ir.Graph) -> Iterator[ir.Node]:
-    return _nodes(graph, *_UPDATES)
+    return _nodes(graph, *UPDATES)
 
 
 def cache_length(graph: ir.Graph) -> Iterator[str]:
     for node in _updates(graph):
-        cache = _input(node, 0)
-        length = cache.shape[2] if cache is not None and cache.shape is not None else None
+        length = _dim(_input(node, 0), 2)
         if not isinstance(length, int):
             yield (
                 f"{describe(node)}: the length of its cache is {length}; TensorRT wants a constant "
@@ -264,12 +310,12 @@ def cache_place(graph: ir.Graph) -> Iterator[str]:
 
 def cache_mode(graph: ir.Graph) -> Iterator[str]:
     for node in _updates(graph):
-        mode = node.attributes.get_string("mode", "linear")
+        mode = _text(node, "mode", "linear")
         if mode != "linear":
             yield f"{describe(node)}: mode {mode}; TensorRT's caches are linear"
-        axis = node.attributes.get_int("axis", -2)
+        axis = _number(node, "axis", -2)
         if axis not in (2, -2):
-            yield f"{describe(node)}: writes along axis {axis}; TensorRT's caches run along axis 2"
+            yield f"{describe(node)}: writes along axis {axis:g}; TensorRT's caches have axis 2"
         cache = _input(node, 0)
         if cache is not None and cache.dtype is not None and cache.dtype.name in _FLOAT8:
             yield f"{describe(node)}: a {cache.dtype.name} cache; use float16 or bfloat16"
@@ -281,8 +327,8 @@ def past_read(graph: ir.Graph) -> Iterator[str]:
         if past is None:
             continue
         for user, slot in past.uses():
-            written = user.op_type in _UPDATES and slot == 0  # cache_place has a word on a second
-            if not written and user.op_type != "Shape":
+            written = user.op_type in UPDATES and slot == 0  # cache_place has a word on a second
+            if not written and user.op_type not in ("Shape", "Size"):
                 yield (
                     f"{describe(user)} reads {past.name} beside the update that overwrites it; "
                     f"read {node.outputs[0].name}"
@@ -292,16 +338,19 @@ def past_read(graph: ir.Graph) -> Iterator[str]:
 def foreign_operators(graph: ir.Graph) -> Iterator[str]:
     seen: dict[str, ir.Node] = {}
     for node in graph.all_nodes():
-        if node.domain not in _KNOWN_DOMAINS:
+        dialect = node.op_type.startswith("TRT_") or node.op_type == "ClaAttention"
+        if node.domain not in _KNOWN_DOMAINS and not dialect:
             seen.setdefault(f"{node.domain}.{node.op_type}", node)
     for name, node in seen.items():
         yield f"{describe(node)}: TensorRT has no {name}; export with --target tensorrt"
 
 
 RULES: Sequence[Rule] = (
+    attributes_dropped,
     lengths_ignored,
     lengths_missing,
     upper_left,
+    mask_stretched,
     scaled_twice,
     outputs,
     softcap,

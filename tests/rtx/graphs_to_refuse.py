@@ -5,6 +5,7 @@ Each has one group: a cache of 32 places, 2 kv heads, and one or two layers that
 
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
@@ -18,6 +19,7 @@ class Graph:
     def __init__(self, *, dim: int = DIM, dtype: int = HALF, places: int | str = PLACES) -> None:
         self.dim, self.dtype, self.places = dim, dtype, places
         self.nodes: list[onnx.NodeProto] = []
+        self.opset = 24
         self.inputs = [
             self.value("q", HEADS, "S"),
             self.value("k", 2, "S"),
@@ -84,7 +86,7 @@ class Graph:
                 [*inputs, *(extra or ())],
                 names,
                 name=f"attention.{number}",
-                domain="trt" if dialect else "",
+                domain=attributes.pop("domain", "trt" if dialect else ""),
                 **attributes,
             )
         )
@@ -95,11 +97,17 @@ class Graph:
         self.nodes.append(helper.make_node(op, inputs, outputs, name=f"{op}.extra", **more))
         return self
 
+    def constant(self, name: str, value: float, dims: tuple[int, ...] = ()) -> "Graph":
+        count = 1 if not dims else int(np.prod(dims))
+        tensor = helper.make_tensor(name, self.dtype, dims, [value] * count)
+        self.nodes.append(helper.make_node("Constant", [], [name], name=f"{name}.c", value=tensor))
+        return self
+
     def model(self) -> onnx.ModelProto:
         graph = helper.make_graph(
             self.nodes, "graph", self.inputs, self.outputs, value_info=self.inner
         )
-        opsets = [("", 24), ("trt", 1), ("com.microsoft", 1)]
+        opsets = [("", self.opset), ("trt", 1), ("com.microsoft", 1)]
         imports = [helper.make_opsetid(*pair) for pair in opsets]
         return helper.make_model(graph, opset_imports=imports, ir_version=11)
 
@@ -185,6 +193,106 @@ def _past_into_another() -> Graph:
     return graph
 
 
+def _multiplied(*queries: str, op: str = "Mul", key: bool = True, written: int = 1) -> Graph:
+    """Dialect readers; the key, or the query they ask, is a product with one number."""
+    graph = Graph().cache().constant("number", 0.42)
+    graph.inputs.append(graph.value("q2", HEADS, "S"))
+    of, heads = ("present.key", 2) if key else ("q", HEADS)
+    for copy in range(written):
+        graph.node(op, [of, "number"], [f"product{copy}.key"])
+        graph.inner.append(graph.value(f"product{copy}.key", heads, PLACES if key else "S"))
+    for index, query in enumerate(queries):
+        product = f"product{index % written}"
+        if not key:
+            graph.reader(query=f"{product}.key")
+            continue
+        graph.node("Identity", ["present.value"], [f"{product}.value.{index}"])
+        graph.reader(query=query, keys=product)
+        graph.nodes[-1].input[2] = f"{product}.value.{index}"
+    return graph
+
+
+def _latent() -> Graph:
+    graph = Graph().cache().constant("weight", 0.1, (DIM, DIM))
+    graph.node("MatMul", ["present.key", "weight"], ["latent.key"])
+    graph.node("MatMul", ["present.value", "weight"], ["latent.value"])
+    return graph.reader(extra=(), keys="latent", causal_kind="lower_right")
+
+
+def _branched() -> Graph:
+    graph = Graph().cache()
+    graph.inputs.append(helper.make_tensor_value_info("flag", TensorProto.BOOL, []))
+    for part in ("key", "value"):
+        branches = [
+            helper.make_graph(
+                [helper.make_node(op, [f"present.{part}"], [f"{op}.{part}"])],
+                op,
+                [],
+                [graph.value(f"{op}.{part}", 2, PLACES)],
+            )
+            for op in ("Identity", "Neg")
+        ]
+        how = {"then_branch": branches[0], "else_branch": branches[1]}
+        graph.node("If", ["flag"], [f"chosen.{part}"], **how)
+    return graph.reader(extra=(), keys="chosen", causal_kind="lower_right")
+
+
+def _one_column() -> Graph:
+    graph = Graph().scattered()
+    graph.inputs.append(helper.make_tensor_value_info("mask", TensorProto.BOOL, ["B", 1, "S", 1]))
+    return graph.reader("Attention", extra=("mask",), scale=1.0)
+
+
+def _windowed() -> Graph:
+    graph = Graph().scattered()
+    graph.opset = 25
+    kind = TensorProto.BOOL
+    graph.inputs.append(helper.make_tensor_value_info("mask", kind, ["B", 1, "S", PLACES]))
+    return graph.reader("Attention", extra=("mask",), scale=1.0, left_window_size=4)
+
+
+def _through(*ops: str) -> Graph:
+    """Two standard nodes that scale one key; the second reads it through nodes that do nothing."""
+    graph = _two_readers("q2", scale=0.25)
+    node = next(node for node in graph.nodes if "seen.key" in node.output)
+    at, before = list(graph.nodes).index(node), "present.key"
+    graph.nodes.remove(node)
+    for number, op in enumerate(ops):
+        after = "seen.key" if number == len(ops) - 1 else f"seen.{number}"
+        how: dict[str, Any] = {"perm": [0, 1, 3, 2]} if op == "Transpose" else {}
+        how |= {"axis": 2} if op == "Concat" else {}
+        how |= {"to": FLOAT if number == 0 else HALF} if op == "Cast" else {}
+        graph.nodes.insert(at + number, helper.make_node(op, [before], [after], name=after, **how))
+        before = after
+    return graph
+
+
+def _upper_left_in_the_dialect() -> Graph:
+    extra = ("", "", "kv_lengths")
+    return Graph().cache().reader(extra=extra, causal_kind="upper_left")
+
+
+def rotated() -> Graph:
+    """A prompt alone, with packed heads and angles from outside: nothing of an earlier call."""
+    graph = Graph().constant("weight", 0.1, (64, HEADS * 64))
+    graph.inputs = [helper.make_tensor_value_info("hidden", HALF, ["B", "S", 64])]
+    graph.inputs += [
+        helper.make_tensor_value_info(name, HALF, ["B", "S", 32]) for name in ("cos", "sin")
+    ]
+    for name in ("q", "k", "v"):
+        graph.node("MatMul", ["hidden", "weight"], [f"{name}.flat"])
+        packed = helper.make_tensor_value_info(f"{name}.flat", HALF, ["B", "S", HEADS * 64])
+        graph.inner.append(packed)
+        turn = ["RotaryEmbedding", [f"{name}.flat", "cos", "sin"], [name]]
+        graph.node(*(turn if name != "v" else ["Identity", ["v.flat"], ["v"]]),
+                   **({"num_heads": HEADS} if name != "v" else {}))  # fmt: skip
+        graph.inner.append(helper.make_tensor_value_info(name, HALF, ["B", "S", HEADS * 64]))
+    heads = {"q_num_heads": HEADS, "kv_num_heads": HEADS}
+    graph.reader("Attention", keys="new", scale=1.0, is_causal=1, **heads)
+    graph.outputs = [helper.make_tensor_value_info("y0", HALF, ["B", "S", HEADS * 64])]
+    return graph
+
+
 def _untyped() -> Graph:
     graph = Graph(dtype=FLOAT).cache().node("Neg", ["q"], ["asked"])
     return graph.reader(query="asked")
@@ -193,6 +301,7 @@ def _untyped() -> Graph:
 # rule -> graph, and what becomes of it without the lint: "crash", "refused", "built" (wrong, then),
 # or "unclear" where versions differ
 WRONG: dict[str, tuple[Graph, str]] = {
+    "attributes_dropped": (Graph().cache().reader(scale=0.25), "built"),
     "lengths_ignored": (
         Graph().scattered().reader("Attention", extra=("", "", "", "n"), scale=1.0, is_causal=1),
         "built",
@@ -202,6 +311,7 @@ WRONG: dict[str, tuple[Graph, str]] = {
         "built",
     ),
     "upper_left": (Graph().scattered().reader("Attention", scale=1.0, is_causal=1), "built"),
+    "mask_stretched": (_one_column(), "built"),
     "scaled_twice": (_two_readers("q2", scale=0.25), "crash"),
     "outputs": (Graph().reader("Attention", keys="new", outputs=2, scale=1.0), "refused"),
     "softcap": (Graph().reader("Attention", keys="new", softcap=30.0, scale=1.0), "refused"),
@@ -221,7 +331,24 @@ WRONG: dict[str, tuple[Graph, str]] = {
 WRONG["lengths_ignored"][0].inputs.append(
     helper.make_tensor_value_info("n", TensorProto.INT64, ["B"])
 )
+CRASHES: dict[str, Graph] = {  # more ways to be scaled twice; each kills the builder
+    "a key": _multiplied("q", "q2"),
+    "a query": _multiplied("q", "q", key=False),
+    "a quotient": _multiplied("q", "q2", op="Div"),
+    "written twice": _multiplied("q", "q2", written=2),
+    "turned there and back": _through("Transpose", "Transpose"),
+    "through nothing": _through("Dropout", "Concat"),
+    "cast there and back": _through("Cast", "Cast"),
+}
 VARIANTS: dict[str, Graph] = {  # more ways into a rule's arms
+    "attributes_dropped: window": _windowed(),
+    "attributes_dropped: type": Graph().cache().reader(softcap=30),
+    "lengths_missing: latent": _latent(),
+    "lengths_missing: branches": _branched(),
+    "upper_left: dialect": _upper_left_in_the_dialect(),
+    "upper_left: other domain": Graph().scattered().reader(
+        "Attention", scale=1.0, is_causal=1, domain="trt"
+    ),
     "not_fused: head dim": Graph(dim=320).cache().reader(),
     "cache_place: present inside": Graph().cache(present_is_output=False).reader(),
     "outputs: past": Graph().cache().reader(

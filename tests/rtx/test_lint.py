@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import pytest
-from graphs_to_refuse import VARIANTS, WRONG, other_queries, right
+from graphs_to_refuse import CRASHES, VARIANTS, WRONG, other_queries, right, rotated
 from models_zoo import MIXED, Zoo
 
 from cla_export.errors import GraphError
@@ -54,9 +54,22 @@ def test_so_are_its_variants(name):
     assert any(complaint.startswith(name.split(":")[0]) for complaint in complaints), complaints
 
 
+@pytest.mark.parametrize("name", CRASHES)
+def test_whatever_is_scaled_twice_is_refused(name):
+    complaints = lint(graph_of(CRASHES[name].model()))
+    assert any(complaint.startswith("scaled_twice") for complaint in complaints), complaints
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_it_would_kill_the_builder(name, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'cla-export[rtx]'")
+    assert without_lint(CRASHES[name].model(), tmp_path) == "crash"
+
+
 def test_right_graphs_pass(zoo: Zoo):
     assert lint(graph_of(right().model())) == []
     assert lint(graph_of(other_queries().model())) == []
+    assert lint(graph_of(rotated().model())) == []
     for dtype in ("fp16", "fp32", "bf16"):
         bundle = zoo.bundle("tensorrt-rtx", dtype, **MIXED)
         graph = ir.load(bundle.graph).graph
@@ -81,7 +94,7 @@ def test_what_becomes_of_it_otherwise(rule, tmp_path):
     assert without_lint(graph.model(), tmp_path) == outcome
 
 
-@pytest.mark.parametrize("graph", [right, other_queries])
+@pytest.mark.parametrize("graph", [right, other_queries, rotated])
 def test_a_right_graph_is_built(tmp_path, graph):
     pytest.importorskip("tensorrt_rtx", reason="pip install 'cla-export[rtx]'")
     assert without_lint(graph().model(), tmp_path) == "built"
