@@ -2,7 +2,8 @@
 
     exact       in float64, on the very values that the bundle's weights stand for
     native      in the bundle's own arithmetic: its dtype, its rounding of activations
-    reordered   likewise, with the sums of all linear layers in other orders
+    reordered   likewise, with the sums of all linear layers in other orders, and in 16 bits with
+                attention's scores rounded to them, as some runtimes do
 
 The exact side judges a bundle; the others' distance from it is the yardstick (thresholds.py). There
 are several since at a token where the network is ill-conditioned, an error is one random number
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cla_export.models.cla import KV, ClaDecoder, KVCache
 from cla_export.quantization import Quantization
@@ -137,7 +139,21 @@ def _native(
             stack.enter_context(_rounded_activations(model, quantization))
         if part is not None:
             stack.enter_context(_sums_in_parts(model, part))
+        if part is not None and next(model.parameters()).dtype != torch.float32:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_scores_in_16_bits())
         yield
+
+
+@contextmanager
+def _scores_in_16_bits() -> Iterator[None]:
+    """Let PyTorch's plain attention keep scores in 16 bits: one switch for all devices."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 @contextmanager
