@@ -70,22 +70,23 @@ THRESHOLDS = {
         units=8.0,
         mean=2.5,
         perplexity=1e-4,
-        reason="same operations, sums in another order: over 200 right bundles the largest error "
-        "was at most 3 times PyTorch's own, the mean 1.6 times",
+        reason="same operations, sums in another order: over 200 right bundles no largest error "
+        "took more than 66 % of what is allowed, no mean more than 68 %",
     ),
     "float16": Threshold(
         unit=2.0**-11,
-        largest=4.0,
+        largest=6.0,
         units=4.0,
-        mean=2.0,
+        mean=2.5,
         perplexity=1e-2,
-        reason="as float32; runtimes that widen to float32 between operators stay well below",
+        reason="as float32, and the factors are its own: at an ill-conditioned token luck is the same "
+        "in any dtype. Over 200 right bundles at most 57 % of what is allowed",
     ),
     "bfloat16": Threshold(
         unit=2.0**-8,
-        largest=4.0,
+        largest=6.0,
         units=4.0,
-        mean=2.0,
+        mean=2.5,
         perplexity=8e-2,
         reason="as float16, with 8 bits instead of 11",
     ),
