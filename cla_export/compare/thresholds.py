@@ -79,7 +79,7 @@ THRESHOLDS = {
         units=4.0,
         mean=2.5,
         perplexity=1e-2,
-        reason="as float32, and by its factors: at an ill-conditioned token luck is the same in any "
+        reason="as float32, by its factors: at an ill-conditioned token luck is the same in any "
         "dtype. Over 200 right bundles no largest error took more than 57 % of what is allowed",
     ),
     "bfloat16": Threshold(
