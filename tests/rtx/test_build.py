@@ -97,7 +97,7 @@ def test_a_crash_of_the_builder_is_an_error_message(zoo: Zoo, tmp_path):
         for value in graph.graph.input
     }  # fmt: skip
     with (
-        patch.object(tensorrt_build, "_fixed_graph", lambda *_: graph.SerializeToString()),
+        patch.object(tensorrt_build, "fixed_graph", lambda *_: graph.SerializeToString()),
         patch.object(tensorrt_build, "profiles", lambda *_: {"only": shapes}),
         pytest.raises(CheckFailed, match=r"crashed \(SIGSEGV\).*last node parsed was attention\.1"),
     ):
@@ -111,7 +111,7 @@ def test_a_graph_that_the_parser_refuses_names_the_node(zoo: Zoo, tmp_path):
     bundle = copied(zoo.bundle("tensorrt-rtx", "fp16", **MIXED), tmp_path / "b")
     graph = WRONG["softcap"][0].model()
     with (
-        patch.object(tensorrt_build, "_fixed_graph", lambda *_: graph.SerializeToString()),
+        patch.object(tensorrt_build, "fixed_graph", lambda *_: graph.SerializeToString()),
         pytest.raises(CheckFailed, match=r"parser refuses the graph.*softcap"),
     ):
         build(bundle, compute_capabilities=ADA, **SMALL)
