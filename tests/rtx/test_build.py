@@ -87,7 +87,7 @@ def test_float32_is_decomposed(zoo: Zoo, tmp_path):
 def test_a_crash_of_the_builder_is_an_error_message(zoo: Zoo, tmp_path):
     """A graph that kills the builder, past the lint: the process that dies is not this one."""
     bundle = copied(zoo.bundle("tensorrt-rtx", "fp16", **MIXED), tmp_path / "b")
-    graph = WRONG["shared_keys_scaled"][0].model()
+    graph = WRONG["scaled_twice"][0].model()
     sizes = {"B": (1, 1, 2), "S": (1, 1, 4)}
     shapes = {
         value.name: [
