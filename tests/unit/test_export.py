@@ -497,7 +497,11 @@ def test_a_file_size_limit(zoo: Zoo, tmp_path: Path) -> None:
 def test_a_process_that_is_told_to_stop(zoo: Zoo, tmp_path: Path, number: int) -> None:
     source = zoo.folder(kv_owner=(0,))
     with subprocess.Popen(
-        command(source, tmp_path / "bundle"), stderr=subprocess.PIPE, text=True
+        command(source, tmp_path / "bundle"),
+        stderr=subprocess.PIPE,
+        text=True,
+        # a background shell ignores SIGINT, and so would the child
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as child:
         for _ in range(600):
             if any(tmp_path.glob(".bundle.partial-*")):

@@ -46,7 +46,8 @@ def test_a_good_bundle_passes(zoo: Zoo, which: str) -> None:
     outputs = {f"cache.{g}.{p}" for g in range(bundle.layout.num_groups) for p in ("key", "value")}
     for case in cases:
         assert {r.output for r in report.tensors if r.case == case} == outputs | {"logits"}
-    assert all(0 <= r.max_error <= r.tolerance < 0.1 * r.rms for r in report.tensors)
+    tight = {"fp32": 1e-3, "fp16": 0.15}[dtype]
+    assert all(0 <= r.max_error <= r.tolerance < tight * r.rms for r in report.tensors)
     assert report.greedy_agreement == 1.0
     assert report.perplexity is not None
     assert report.perplexity.tokens > 1000
