@@ -90,6 +90,8 @@ def main() -> int:
         if args.sweep:
             ranked = sorted(results[case.name].items(), key=lambda item: item[1])
             print(f"  {'  '.join(f'{n}={t:.1f}' for n, t in ranked[:12])}", flush=True)
+    if args.sweep and not args.json:
+        return 0
     run = summary(cells, results, args.dtype)
     if not args.sweep:
         report(run)

@@ -9,7 +9,7 @@ are built, not run.
 
 import argparse
 import json
-import platform
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from cla_export.compare.gate import processor
 from cla_export.layout import uniform
 from cla_export.models import cla
 from cla_export.models.checkpoint import save_checkpoint
@@ -54,14 +55,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch)
         source = make_model(folder / "model", options.layers)
-        print(f"{date.today()}, {processor()}; `python {' '.join(sys.argv)}`\n")
+        print(f"{date.today()}, {os.cpu_count()} x {processor()}; `python {' '.join(sys.argv)}`\n")
         print("| step | seconds | peak MiB | result MiB |")
         print("|---|---|---|---|")
         for attention in ("native", "plugin"):
             bundle = folder / attention
             target = ["--target", "tensorrt-rtx", "--dtype", "fp16", "--attention", attention]
             seconds, peak, _ = step("export", str(source), str(bundle), *target, "--force")
-            row(f"export, {attention}", seconds, peak, size(bundle / "model.onnx.data"))
+            row(f"export, {attention}", seconds, peak, (bundle / "model.onnx.data").stat().st_size)
             limits = ["--capacity", str(options.capacity), "--compute-capability"]
             seconds, peak, found = step(
                 "build", str(bundle), *limits, options.compute_capability, "--force"
@@ -98,16 +99,6 @@ def step(*arguments: str) -> tuple[float, int, dict]:
 
 def row(what: str, seconds: float, peak: int, result: int) -> None:
     print(f"| {what} | {seconds:.0f} | {peak / 2**20:,.0f} | {result / 2**20:,.0f} |", flush=True)
-
-
-def size(path: Path) -> int:
-    return path.stat().st_size
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def write_call(
         tokens = np.array(episode.tokens, np.int64)
         start = call.starts[row] - episode.held
         span = slice(start, start + len(call.tokens[row]))
-        exact, felt = torch_tensors(sides.exact, tokens, {}, before)
+        exact, felt = torch_tensors(sides.exact, tokens, {}, before, feel=True)
         natives = [torch_tensors(side, tokens, {}, before)[0] for side in sides.yardstick]
         for key, name in names.items():
             if key in exact:

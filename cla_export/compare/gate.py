@@ -100,10 +100,11 @@ def compare_bundle(
     if debug_dir is not None:
         check_debug_dir(debug_dir)
     stored = None if baseline is None else read_baseline(baseline)
-    if executor is None and backend_of(bundle, target) != "onnxruntime":
+    backend = backend_of(bundle, target)
+    if backend == "torch":
+        raise BadInput("target is torch, which is what a bundle is compared with; name a runtime")
+    if executor is None and (backend != "onnxruntime" or engine is not None):
         executor = open_executor(bundle, target, engine=engine)
-    elif engine is not None:
-        raise BadInput(f"{engine}: the bundle runs on onnxruntime, which takes no engine")
     if executor is not None and debug_dir is not None:
         raise BadInput(
             f"--debug-dir: {executor.backend} shows no values inside; export the model for "
@@ -375,12 +376,12 @@ def _machine(threads: int | None) -> dict[str, str]:
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": "the runtime's choice" if threads is None else str(threads),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The model name that Linux gives, which `platform.processor` leaves out."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

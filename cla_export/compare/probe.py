@@ -40,8 +40,11 @@ _BRANCHES = {"self_attn": "attention_branch", "mlp": "mlp"}
 class _Steps(TorchFunctionMode):
     """Records each step, and goes on from what the bundle made of it."""
 
-    def __init__(self, owners: Sequence[int], forced: Mapping[Key, Array], count: int) -> None:
+    def __init__(
+        self, owners: Sequence[int], forced: Mapping[Key, Array], count: int, *, feel: bool
+    ) -> None:
         super().__init__()
+        self._feel = feel
         self.found: Tensors = {}
         self.sensitivity: Sensitivity = {}
         self._owners, self._forced = owners, forced
@@ -65,7 +68,8 @@ class _Steps(TorchFunctionMode):
             for role, value in zip(("q", "k", "v"), args[:3], strict=True)
         )
         y = func(q, k, v, *args[3:], **(kwargs or {}))
-        self.sensitivity[layer] = _sensitivity(q, k, v, y, *args[3:], **(kwargs or {}))
+        if self._feel:
+            self.sensitivity[layer] = _sensitivity(q, k, v, y, *args[3:], **(kwargs or {}))
         return self._step((layer, "attention"), y)
 
     def _step(self, key: Key, value: Tensor) -> Tensor:
@@ -95,14 +99,16 @@ def torch_tensors(
     tokens: NDArray[np.int64],
     forced: Mapping[Key, Array],
     held: GroupKV | None = None,
+    *,
+    feel: bool = False,
 ) -> tuple[Tensors, Sensitivity]:
     """Every step of every layer for one row of tokens [S], each from what is in `forced`.
 
     `forced` holds what the bundle made, (layer, role) -> [S, width]; a step of which it lacks the
-    input goes on from PyTorch's own.
+    input goes on from PyTorch's own. With `feel`, also each attention's sensitivity to its scores.
     """
     layout = side.model.spec.layout
-    steps = _Steps(layout.kv_owner, forced, len(tokens))
+    steps = _Steps(layout.kv_owner, forced, len(tokens), feel=feel)
     handles = []
     for index, layer in enumerate(side.model.model.layers):
         handles.append(layer.register_forward_hook(steps.of_module((index, "output"))))

@@ -1,4 +1,4 @@
-"""What is right, and how far off PyTorch itself is: one model, computed in two ways.
+"""What is right, and how far off PyTorch itself is: one model, computed in several ways.
 
     exact       in float64, on the very values that the bundle's weights stand for
     native      in the bundle's own arithmetic: its dtype, its rounding of activations
@@ -8,6 +8,7 @@
 The exact side judges a bundle; the others' distance from it is the yardstick (thresholds.py). There
 are several since at a token where the network is ill-conditioned, an error is one random number
 times a large one, and a single draw of it can happen to be small.
+
 A model is in memory once in float32, and once more in the bundle's dtype where that is another. A
 small one is there in float64 too; of a large one, weights are widened one module at a time, while
 that module runs.
@@ -23,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.hooks import RemovableHandle
 
 from cla_export.models.cla import KV, ClaDecoder, KVCache
 from cla_export.quantization import Quantization
@@ -100,6 +102,16 @@ class Reference:
 
 
 @contextmanager
+def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Take hooks off again, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def _in_float64(model: ClaDecoder) -> Iterator[None]:
     """Run every module in float64; a float32 weight goes there and back unchanged."""
 
@@ -122,11 +134,8 @@ def _in_float64(model: ClaDecoder) -> Iterator[None]:
         elif next(module.parameters(recurse=False), None) is not None:
             handles.append(module.register_forward_pre_hook(widen))
             handles.append(module.register_forward_hook(narrow, always_call=True))
-    try:
+    with _hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -171,11 +180,8 @@ def _sums_in_parts(model: ClaDecoder, part: int) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, nn.Linear)
     ]
-    try:
+    with _hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -195,11 +201,8 @@ def _rounded_activations(model: ClaDecoder, quantization: Quantization) -> Itera
         for module in model.modules()
         if isinstance(module, nn.Linear)
     ]
-    try:
+    with _hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Held:

@@ -79,7 +79,8 @@ class Episode:
         """Recompute every step in PyTorch, on both sides."""
         row, forced = np.array(self.tokens, np.int64), self.whole()
         forced = {key: value for key, value in forced.items() if np.isfinite(value).all()}
-        self.expected, self.sensitivity = torch_tensors(reference.exact, row, forced, before)
+        side = reference.exact
+        self.expected, self.sensitivity = torch_tensors(side, row, forced, before, feel=True)
         self.natives = [torch_tensors(s, row, forced, before)[0] for s in reference.yardstick]
         for role, cache in CACHES.items():
             for layer in [layer for layer, found in self.expected if found == role]:

@@ -1,12 +1,11 @@
 """From a bundle and a backend's name to the executor that runs it: the one place that knows all."""
 
-from importlib import util
 from pathlib import Path
 
 from cla_export.bundle import Bundle
 from cla_export.engines.executor import Executor
-from cla_export.engines.tensorrt_build import FLAVOURS
-from cla_export.errors import BadInput, MissingEnvironment
+from cla_export.engines.tensorrt_build import FLAVOURS, check_installed
+from cla_export.errors import BadInput
 
 BACKENDS = ("onnxruntime", *FLAVOURS, "torch")
 
@@ -69,12 +68,7 @@ def open_executor(
 
         model = load_model(open_checkpoint(bundle.source))
         return TorchExecutor(model, capacity=capacity or bundle.max_positions, slots=slots or 1)
-    if util.find_spec(FLAVOURS[backend]) is None:
-        extra = "rtx" if backend == "tensorrt-rtx" else backend
-        raise MissingEnvironment(
-            f"{backend} is not installed, so nothing here runs its engines; "
-            f"pip install 'cla-export[{extra}]'"
-        )
+    check_installed(backend)
     from cla_export.engines.tensorrt import TensorRTExecutor
 
     flavour = backend if engine is None else asked

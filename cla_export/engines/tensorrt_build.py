@@ -245,11 +245,14 @@ def _check(bundle: Bundle, options: BuildOptions) -> None:
         )
     if options.flavour == "tensorrt-rtx":
         _check_rtx(options)
-    if util.find_spec(FLAVOURS[options.flavour]) is None:
-        extra = "rtx" if options.flavour == "tensorrt-rtx" else "tensorrt"
-        raise MissingEnvironment(
-            f"{options.flavour} is not installed; pip install 'cla-export[{extra}]'"
-        )
+    check_installed(options.flavour)
+
+
+def check_installed(flavour: str) -> None:
+    """MissingEnvironment, with the extra that brings it, where a flavour's module is not there."""
+    if util.find_spec(FLAVOURS[flavour]) is None:
+        extra = "rtx" if flavour == "tensorrt-rtx" else flavour
+        raise MissingEnvironment(f"{flavour} is not installed; pip install 'cla-export[{extra}]'")
 
 
 def _check_rtx(options: BuildOptions) -> None:

@@ -16,11 +16,12 @@ from cla_export.engines.tensorrt_build import (
     ENGINE,
     FLAVOURS,
     Built,
+    check_installed,
     fixed_graph,
     gpu_label,
     rebuild_command,
 )
-from cla_export.errors import BundleError, MissingEnvironment
+from cla_export.errors import BundleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,8 @@ def load_engine(bundle: Bundle, built: Built) -> Loaded:
         BundleError: it was built for another version or another GPU, with the command to rebuild.
     """
     flavour = built.record["flavour"]
-    try:
-        trt = import_module(FLAVOURS[flavour])
-    except ImportError as error:
-        raise MissingEnvironment(
-            f"{built.folder}: {flavour} is not installed, which runs this engine; "
-            f"pip install 'cla-export[{'rtx' if flavour == 'tensorrt-rtx' else flavour}]'"
-        ) from error
+    check_installed(flavour)
+    trt = import_module(FLAVOURS[flavour])
     check_version(bundle, built, trt.__version__)
     memory = CudaMemory()
     check_gpu(bundle, built, memory.name, memory.compute_capability)

@@ -1,8 +1,10 @@
 """Where a value of a graph comes from, as the TensorRT lint asks it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 UPDATES = ("TensorScatter", "TRT_KVCacheUpdate")
 _RESULTS = ("Attention", "TRT_Attention", "ClaAttention")
@@ -10,10 +12,11 @@ _WEIGHTED = ("MatMul", "Gemm", "Einsum", "LayerNormalization", "RMSNormalization
 _NUMBERS_ALONE = ("Softmax", "Shape", "Size", "ReduceMean", "ReduceSum", "ReduceMax")
 _MOVES = (  # what the builder looks through: nothing is computed
     *("Identity", "Cast", "CastLike", "Dropout", "Transpose", "Reshape", "Squeeze", "Unsqueeze"),
-    *("Flatten", "Slice", "Concat"),
+    "Flatten",
 )
 _ELEMENTWISE = ("Mul", "Add", "Sub", "Div", "Where")
 _PER_TOKEN = 2  # dimensions of an input that has one number for each token: ids, positions
+_END = 2**30  # an end of a slice that is beyond any
 _SMALL = 16  # elements of a constant that is compared by its value
 
 
@@ -25,24 +28,18 @@ def is_present(value: ir.Value) -> bool:
 
 def made_of(value: ir.Value | None) -> Iterator[ir.Value]:
     """Everything that a value is computed from, itself first: up to caches and attention."""
-    waiting, seen = [value], set()
-    while waiting:
-        current = waiting.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        producer = current.producer()
-        if producer is None or producer.op_type in (*UPDATES, *_RESULTS, *_NUMBERS_ALONE):
-            continue
-        waiting += producer.inputs[:1] if producer.op_type in _WEIGHTED else producer.inputs
-        for attribute in producer.attributes.values():  # of If and Loop
-            if attribute.type == ir.AttributeType.GRAPH:
-                waiting += list(attribute.value.outputs)
+    return _walk(value, _computed_from)
 
 
 def stored_in(value: ir.Value | None) -> Iterator[ir.Value]:
     """What a value holds, itself first, without arithmetic that mixes tokens or channels."""
+    return _walk(value, _stored_before)
+
+
+def _walk(
+    value: ir.Value | None, before: Callable[[ir.Node, ir.Value], Iterable[ir.Value | None]]
+) -> Iterator[ir.Value]:
+    """A value and all that `before` leads back to, through the nodes that make them."""
     waiting, seen = [value], set()
     while waiting:
         current = waiting.pop()
@@ -50,17 +47,26 @@ def stored_in(value: ir.Value | None) -> Iterator[ir.Value]:
             continue
         seen.add(id(current))
         yield current
-        producer = current.producer()
-        if producer is None:
-            continue
-        if producer.op_type in (*UPDATES, *_RESULTS, *_WEIGHTED, *_NUMBERS_ALONE):
-            continue
-        if producer.op_type == "RotaryEmbedding":
-            waiting += producer.inputs[:1]
-        elif producer.op_type in _ELEMENTWISE:
-            waiting += [other for other in producer.inputs if _has_its_heads(other, current)]
-        else:
-            waiting += producer.inputs
+        if (producer := current.producer()) is not None:
+            waiting += before(producer, current)
+
+
+def _computed_from(node: ir.Node, _: ir.Value) -> Iterable[ir.Value | None]:
+    if node.op_type in (*UPDATES, *_RESULTS, *_NUMBERS_ALONE):
+        return ()
+    graphs = [a.value for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    inner = [output for graph in graphs for output in graph.outputs]  # of If and Loop
+    return [*(node.inputs[:1] if node.op_type in _WEIGHTED else node.inputs), *inner]
+
+
+def _stored_before(node: ir.Node, result: ir.Value) -> Iterable[ir.Value | None]:
+    if node.op_type in (*UPDATES, *_RESULTS, *_WEIGHTED, *_NUMBERS_ALONE):
+        return ()
+    if node.op_type == "RotaryEmbedding":
+        return node.inputs[:1]
+    if node.op_type in _ELEMENTWISE:
+        return [other for other in node.inputs if _has_its_heads(other, result)]
+    return node.inputs
 
 
 def _has_its_heads(value: ir.Value | None, result: ir.Value) -> bool:
@@ -93,7 +99,7 @@ def multiplied(value: ir.Value) -> tuple[ir.Value, bool]:
     found, current, dtype = False, value, value.dtype
     while (producer := current.producer()) is not None:
         first = producer.inputs[0] if producer.inputs else None
-        if producer.op_type in _MOVES and first is not None:
+        if first is not None and _moves(producer):
             current = first
         elif producer.op_type in ("Mul", "Div") and current.dtype in (dtype, None):
             second = producer.inputs[1]
@@ -106,6 +112,29 @@ def multiplied(value: ir.Value) -> tuple[ir.Value, bool]:
         else:
             break
     return current, found
+
+
+def _moves(node: ir.Node) -> bool:
+    """Whether a node computes nothing: of several parts, or a part of one, only the whole."""
+    if node.op_type == "Concat":
+        return len(node.inputs) == 1
+    if node.op_type != "Slice":
+        return node.op_type in _MOVES
+    starts, ends = (_constant(node.inputs[slot]) for slot in (1, 2))
+    return (
+        starts is not None and ends is not None and not starts.any() and bool((ends > _END).all())
+    )
+
+
+def _constant(value: ir.Value | None) -> NDArray[np.int64] | None:
+    """The numbers of a constant; None where they are not known."""
+    if value is None:
+        return None
+    producer = value.producer()
+    if value.const_value is None and producer is not None and producer.op_type == "Constant":
+        tensor = producer.attributes.get("value")
+        return None if tensor is None else np.asarray(tensor.value.numpy())
+    return None if value.const_value is None else value.const_value.numpy()
 
 
 def _is_number(value: ir.Value | None) -> bool:
@@ -156,7 +185,7 @@ class Numbers:
 
     def _number(self, node: ir.Node, index: int, output: ir.Value) -> int:
         first = node.inputs[0] if node.inputs else None
-        if node.op_type in _MOVES and first is not None:
+        if first is not None and _moves(node):
             return self[first]
         tensor = node.attributes.get("value") if node.op_type == "Constant" else None
         if tensor is not None and tensor.value.size <= _SMALL:

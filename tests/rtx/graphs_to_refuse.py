@@ -293,6 +293,39 @@ def rotated() -> Graph:
     return graph
 
 
+def packed() -> Graph:
+    """Query, key and value as parts of one product, scaled by the node: three tensors, not one."""
+    width = (HEADS + 4) * DIM
+    graph = Graph().constant("weight", 0.1, (64, width))
+    graph.inputs = [helper.make_tensor_value_info("hidden", HALF, ["B", "S", 64])]
+    graph.node("MatMul", ["hidden", "weight"], ["packed"])
+    graph.inner.append(helper.make_tensor_value_info("packed", HALF, ["B", "S", width]))
+    at = 0
+    for name, heads in (("q", HEADS), ("k", 2), ("v", 2)):
+        for what, number in (("start", at), ("end", at + heads * DIM), ("axis", 2)):
+            tensor = helper.make_tensor(f"{name}.{what}", TensorProto.INT64, [1], [number])
+            graph.node("Constant", [], [f"{name}.{what}"], value=tensor)
+        graph.node("Slice", ["packed", f"{name}.start", f"{name}.end", f"{name}.axis"], [name])
+        graph.inner.append(helper.make_tensor_value_info(name, HALF, ["B", "S", heads * DIM]))
+        at += heads * DIM
+    graph.reader("Attention", keys="new", scale=0.25, q_num_heads=HEADS, kv_num_heads=2)
+    graph.outputs = [helper.make_tensor_value_info("y0", HALF, ["B", "S", HEADS * DIM])]
+    return graph
+
+
+def _sliced_whole() -> Graph:
+    """Two readers that scale one key, which the second takes whole out of a Slice."""
+    graph = _through("Identity")
+    node = next(node for node in graph.nodes if "seen.key" in node.output)
+    at = list(graph.nodes).index(node)
+    for what, number in (("start", 0), ("end", 2**31 - 1), ("axis", 2)):
+        tensor = helper.make_tensor(what, TensorProto.INT64, [1], [number])
+        graph.nodes.insert(at, helper.make_node("Constant", [], [what], name=what, value=tensor))
+    node.op_type = "Slice"
+    node.input.extend(["start", "end", "axis"])
+    return graph
+
+
 def _untyped() -> Graph:
     graph = Graph(dtype=FLOAT).cache().node("Neg", ["q"], ["asked"])
     return graph.reader(query="asked")
@@ -339,6 +372,7 @@ CRASHES: dict[str, Graph] = {  # more ways to be scaled twice; each kills the bu
     "turned there and back": _through("Transpose", "Transpose"),
     "through nothing": _through("Dropout", "Concat"),
     "cast there and back": _through("Cast", "Cast"),
+    "sliced whole": _sliced_whole(),
 }
 VARIANTS: dict[str, Graph] = {  # more ways into a rule's arms
     "attributes_dropped: window": _windowed(),

@@ -7,6 +7,7 @@ The memory it binds, views, lengths and captures are exercised as a GPU would; s
 import shutil
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -188,6 +189,7 @@ class FakeTensorRT(ModuleType):
 
     def __init__(self, version: str, *, refits: bool = True) -> None:
         super().__init__("fake")
+        self.__spec__ = ModuleSpec("tensorrt", None)
         self.__version__ = version
         self.asked: list[str] = []
         self.refits = refits
@@ -270,13 +272,17 @@ def test_without_a_gpu_nothing_is_green(bundle: Bundle, zoo: Zoo):
         assert "no GPU to run on" in str(result.exception)
     with pytest.raises(MissingEnvironment, match="no GPU to run on"):
         load(bundle)
-    with pytest.raises(MissingEnvironment, match="tensorrt is not installed, so nothing here runs"):
+    with pytest.raises(
+        MissingEnvironment, match=r"tensorrt is not installed; pip install 'cla-export\[tensorrt\]'"
+    ):
         compare_bundle(bundle, target="tensorrt")
     with pytest.raises(BadInput, match="exported for tensorrt-rtx, which onnxruntime does not run"):
         load(bundle, backend="onnxruntime")
     with pytest.raises(BadInput, match="exported for onnxruntime, which tensorrt does not run"):
         compare_bundle(zoo.bundle(**MIXED), target="tensorrt")
-    with pytest.raises(BadInput, match="onnxruntime, which takes no engine"):
+    with pytest.raises(BadInput, match="target is torch, which is what a bundle is compared with"):
+        compare_bundle(zoo.bundle(**MIXED), target="torch")
+    with pytest.raises(BadInput, match="onnxruntime takes no engine"):
         compare_bundle(zoo.bundle(**MIXED), engine=bundle.folder)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import pytest
-from graphs_to_refuse import CRASHES, VARIANTS, WRONG, other_queries, right, rotated
+from graphs_to_refuse import CRASHES, VARIANTS, WRONG, other_queries, packed, right, rotated
 from models_zoo import MIXED, Zoo
 
 from cla_export.errors import GraphError
@@ -70,6 +70,7 @@ def test_right_graphs_pass(zoo: Zoo):
     assert lint(graph_of(right().model())) == []
     assert lint(graph_of(other_queries().model())) == []
     assert lint(graph_of(rotated().model())) == []
+    assert lint(graph_of(packed().model())) == []
     for dtype in ("fp16", "fp32", "bf16"):
         bundle = zoo.bundle("tensorrt-rtx", dtype, **MIXED)
         graph = ir.load(bundle.graph).graph
@@ -94,7 +95,7 @@ def test_what_becomes_of_it_otherwise(rule, tmp_path):
     assert without_lint(graph.model(), tmp_path) == outcome
 
 
-@pytest.mark.parametrize("graph", [right, other_queries, rotated])
+@pytest.mark.parametrize("graph", [right, other_queries, rotated, packed])
 def test_a_right_graph_is_built(tmp_path, graph):
     pytest.importorskip("tensorrt_rtx", reason="pip install 'cla-export[rtx]'")
     assert without_lint(graph().model(), tmp_path) == "built"
