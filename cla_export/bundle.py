@@ -1,6 +1,7 @@
 """The bundle: a flat folder that holds everything needed to run an exported model.
 
     model.onnx  model.onnx.data       the graph and its weights
+    model.cpu.onnx                    a graph for CPUs over the same weights (onnxruntime, float32)
     config.json, generation_config.json, tokenizer files, chat_template.jinja: the model's own
     genai_config.json                 what onnxruntime-genai reads (onnxruntime target)
     bundle.json                       ours: KV layout, groups, limits, tool versions, sha256 of all
@@ -29,6 +30,7 @@ MANIFEST = "bundle.json"
 BUILD_RECORD = "build.json"  # of an engine's folder
 _KINDS = {MANIFEST: "a bundle", BUILD_RECORD: "an engine"}
 GRAPH = "model.onnx"
+CPU_GRAPH = "model.cpu.onnx"
 WEIGHTS = "model.onnx.data"
 COPIED = (  # from the model folder, where it has them
     "config.json",
@@ -92,6 +94,12 @@ class Bundle:
     @property
     def graph(self) -> Path:
         return self.folder / GRAPH
+
+    @property
+    def cpu_graph(self) -> Path | None:
+        """The graph with our own attention operator, if the bundle has one."""
+        path = self.folder / CPU_GRAPH
+        return path if path.is_file() else None
 
     def special_tokens(self) -> list[int]:
         """Ids of begin, end, padding and unknown that its configs name."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cla_export import __version__
 from cla_export.bundle import (
     COPIED,
+    CPU_GRAPH,
     GRAPH,
     WEIGHTS,
     Bundle,
@@ -74,7 +75,8 @@ def export(
     import torch
 
     from cla_export import weights
-    from cla_export.lower import lower
+    from cla_export.lower import CPU, lower
+    from cla_export.lower.linears import read_weights_in_place
     from cla_export.lower.quantize_weights import quantize_weights
     from cla_export.models import family_of
     from cla_export.rewrite import rewrite
@@ -105,11 +107,18 @@ def export(
         canonical = rewrite(stateless, spec.layout)
         progress("lower", 3, steps)
         lowered = lower(target, canonical.model, spec.layout, **options)
-        if quantization is not None:
-            quantize_weights(lowered.model, quantization)
+        for_cpu = None
+        if target == "onnxruntime" and dtype == "fp32":
+            for_cpu = lower(CPU, canonical.model, spec.layout)
+        for made in (lowered, for_cpu):
+            if quantization is not None and made is not None:
+                quantize_weights(made.model, quantization)
         progress("write", 4, steps)
         weights.attach(lowered.model, checkpoint, family.constants(spec), quantization)
         _write_graph(lowered.model, folder, progress)
+        if for_cpu is not None and "ClaAttention" in for_cpu.attention:
+            read_weights_in_place(for_cpu.model)
+            _write_companion(for_cpu.model, folder)
         _copy_files(checkpoint, folder, target)
         manifest = _manifest(checkpoint, lowered, DTYPES[dtype], quantization)
         write_manifest(folder, manifest, progress)
@@ -144,6 +153,17 @@ def _write_graph(model: "ir.Model", folder: Path, progress: Progress) -> None:
         callback=tensor_written,
         max_workers=1,
     )
+
+
+def _write_companion(model: "ir.Model", folder: Path) -> None:
+    """Write a graph whose weights are those that the bundle's own graph has on disk already."""
+    import onnx_ir as ir
+
+    written = ir.load(folder / GRAPH).graph.initializers
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = written[name].const_value
+    ir.save(model, folder / CPU_GRAPH)
 
 
 def _copy_files(checkpoint: Checkpoint, folder: Path, target: str) -> None:

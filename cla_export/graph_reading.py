@@ -130,6 +130,8 @@ def _cache_input(present: "ir.Value | None") -> "ir.Value | None":
         return None
     if node.op_type in _WRITERS:
         return node.inputs[0]
+    if node.op_type == "ClaAppend":  # both caches at once
+        return node.inputs[index]
     if node.op_type in _PAST_SLOT and index in (1, 2):
         return _input(node, _PAST_SLOT[node.op_type] + index - 1)
     return None

@@ -14,7 +14,7 @@ import torch
 from polygraphy.comparator import Comparator, CompareFunc
 from polygraphy.logger import G_LOGGER
 
-from cla_export.bundle import Bundle, Progress, open_bundle
+from cla_export.bundle import CPU_GRAPH, Bundle, Progress, open_bundle
 from cla_export.compare.baseline import read_baseline, regressions
 from cla_export.compare.cases import Case, Setup, case_length, make_setups, shape_of
 from cla_export.compare.debug import call_of_interest, check_debug_dir, write_call
@@ -37,7 +37,7 @@ from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_ga
 from cla_export.compare.text import SEED, token_stream
 from cla_export.compare.thresholds import Threshold, threshold_of
 from cla_export.engines.executor import Executor
-from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
+from cla_export.engines.onnxruntime import OnnxRuntimeExecutor, graph_of
 from cla_export.engines.opening import backend_of, open_executor
 from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.errors import BadInput, BundleError, RunError
@@ -149,6 +149,16 @@ def compare_bundle(
         run.compare()
         run.generate(stream, unquantized)
         run.look_inside(debug_dir)
+        if executor is None and bundle.cpu_graph is not None:
+            if graph_of(bundle)[0] == bundle.cpu_graph:
+                again = replace(run, stock=False)
+                again.compare()
+                again.look_inside(None)
+            else:
+                report.notes.append(
+                    f"{CPU_GRAPH} was not run: its operators cannot be compiled here (`cla-export "
+                    "doctor` says why), so nothing else runs it here either"
+                )
     if stored is not None and baseline is not None:
         report.baseline = str(baseline)
         report.regressions += regressions(report, stored, baseline)
@@ -162,8 +172,8 @@ class _Run:
     """One comparison: everything its steps have in common. Each adds to the report.
 
     A step opens its own executor and lets it go, since weights are large, unless it is given one
-    for all. What a runtime refuses is
-    a finding too: the report says so, and whatever else can run does.
+    for all. What a runtime refuses is a finding too: the report says so, and whatever else can run
+    does. The graph for CPUs is another run, whose cases are named after it.
     """
 
     bundle: Bundle
@@ -176,18 +186,21 @@ class _Run:
     threads: int | None
     report: ParityReport
     progress: Progress
+    stock: bool = True  # run model.onnx, not the graph for CPUs
 
     def compare(self) -> None:
         """All cases, on both sides."""
-        self.report.notes += _unreached(self.bundle, self.setups[1].capacity, self.executor)
+        if self.stock:
+            self.report.notes += _unreached(self.bundle, self.setups[1].capacity, self.executor)
         for setup in self.setups:
             if self.executor is not None:
                 self.report.notes += _leave_out(setup, self.executor.slots)
-            self.report.cases += [shape_of(case) for case in setup.cases]
+            if self.stock:
+                self.report.cases += [shape_of(case) for case in setup.cases]
             with self._faults():
                 executor = self._open(setup)
                 for index, case in enumerate(setup.cases):
-                    self.progress(f"case {case.name}", index, len(setup.cases))
+                    self.progress(f"case {self._name(case)}", index, len(setup.cases))
                     with self._faults(case):
                         self.report.tensors += self._compare_case(case, executor)
 
@@ -216,16 +229,16 @@ class _Run:
         wrong: tuple[Setup, Case] | None = None
         for setup in self.setups:
             with self._faults():
-                executor = open_marked(self.bundle, setup, self.onnxruntime)
+                executor = open_marked(self.bundle, setup, self.onnxruntime, stock=self.stock)
                 for index, case in enumerate(setup.cases):
-                    self.progress(f"layers of case {case.name}", index, len(setup.cases))
+                    self.progress(f"layers of case {self._name(case)}", index, len(setup.cases))
                     found, calls = self._steps(executor, case)
-                    divergence = first_divergence(found, self.bundle.layout, case)
+                    divergence = first_divergence(found, self.bundle.layout, self._name(case))
                     largest = max((difference.share for difference in found), default=0.0)
                     report.inside = max(largest, report.inside or 0.0)
-                    bad = divergence is not None or case.name in failed
-                    if wrong is None and (bad or case.name == _SHOWN):
-                        report.layer_map = layer_map(found, calls, case)
+                    bad = divergence is not None or self._name(case) in failed
+                    if wrong is None and (bad or case.name == _SHOWN) and not self._blamed():
+                        report.layer_map = layer_map(found, calls, self._name(case))
                     if bad and report.divergence is None:
                         report.divergence, wrong = divergence, wrong or (setup, case)
                     if report.divergence is not None:
@@ -235,6 +248,14 @@ class _Run:
         if wrong is not None and debug_dir is not None:
             with self._faults():
                 self._leave(debug_dir, *wrong)
+
+    def _blamed(self) -> bool:
+        """Whether an earlier run has a layer to blame, whose map is to stay."""
+        return not self.stock and self.report.divergence is not None
+
+    def _name(self, case: Case) -> str:
+        """The case's name, and the graph's if it is not the bundle's own."""
+        return case.name if self.stock else f"{case.name}, {CPU_GRAPH}"
 
     def _steps(self, executor: MarkedExecutor, case: Case) -> tuple[list[Difference], list[Call]]:
         calls = run_marked(executor, case, self.held)
@@ -255,7 +276,11 @@ class _Run:
 
     def _open(self, setup: Setup) -> Executor:
         executor = self.executor or self.onnxruntime(
-            self.bundle, capacity=setup.capacity, slots=setup.slots, threads=self.threads
+            self.bundle,
+            capacity=setup.capacity,
+            slots=setup.slots,
+            threads=self.threads,
+            stock=self.stock,
         )
         fill_with_garbage(executor)
         return executor
@@ -281,7 +306,8 @@ class _Run:
         for name, exact in expected.items():
             limits = allowed[name], self.threshold.mean_of(exact, natives[0][name], keys)
             within = bool(outcome[name])
-            results.append(tensor_result(case, name, exact, got[name], within, limits))
+            result = tensor_result(case, name, exact, got[name], within, limits)
+            results.append(replace(result, case=self._name(case)))
         return results
 
     @contextmanager
@@ -290,7 +316,7 @@ class _Run:
             yield
         except RunError as error:
             known = any(str(error) in fault for fault in self.report.faults)
-            where = "" if case is None else f"case {case.name}: "
+            where = "" if case is None else f"case {self._name(case)}: "
             self.report.faults += [] if known else [f"{where}{error}"]
 
 

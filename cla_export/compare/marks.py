@@ -21,7 +21,8 @@ from cla_export.engines.executor import Logits
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.rewrite.group_attention import LAYER
 
-ATTENTION = ("Attention", "GroupQueryAttention")
+ATTENTION = ("Attention", "GroupQueryAttention", "ClaAttention")
+_NEW_TOKENS = {"TensorScatter": 1, "ClaAppend": 2}  # where what enters the first cache stands
 _BRANCHES = {"attn": "attention_branch", "mlp": "mlp"}
 Arrays = dict[str, NDArray[np.generic]]
 Row = dict[Key, NDArray[np.float32]]  # [tokens of the row, width]
@@ -53,14 +54,22 @@ class MarkedExecutor(OnnxRuntimeExecutor):
     """An executor over the marked graph, which keeps what every layer made in every call."""
 
     def __init__(
-        self, bundle: Bundle, *, capacity: int, slots: int, record: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        capacity: int,
+        slots: int,
+        record: int | None = None,
+        stock: bool = False,
     ) -> None:
-        model = ir.load(bundle.graph)
-        self.marks = mark(model)
+        self.marks: dict[Key, str] = {}
         self.calls: list[Call] = []
         self.recorded: Recorded | None = None  # of call number `record`
         self.record = -1 if record is None else record
-        super().__init__(bundle, capacity=capacity, slots=slots, graph=ir.to_proto(model))
+        super().__init__(bundle, capacity=capacity, slots=slots, stock=stock, change=self._mark)
+
+    def _mark(self, model: ir.Model) -> None:
+        self.marks = mark(model)
 
     def _run(
         self,
@@ -128,7 +137,7 @@ def marked(engine: type[OnnxRuntimeExecutor]) -> type[MarkedExecutor]:
 def mark(model: ir.Model) -> dict[Key, str]:
     """Add outputs to the graph; returns (layer, role) -> the graph's name, in execution order."""
     values: dict[Key, ir.Value] = {}
-    scattered: set[ir.Node] = set()
+    scattered: set[ir.Value] = set()
     attentions = 0
     for node in model.graph:
         if node.op_type in ATTENTION:
@@ -151,10 +160,10 @@ def mark(model: ir.Model) -> dict[Key, str]:
     return {key: str(values[key].name) for key in order}
 
 
-def _around(node: ir.Node, scattered: set[ir.Node]) -> dict[str, ir.Value]:
+def _around(node: ir.Node, scattered: set[ir.Value]) -> dict[str, ir.Value]:
     """q, new k and new v (not of a sharer), and output of an attention node.
 
-    `scattered` collects the TensorScatter nodes met: whoever reads one first owns it.
+    `scattered` collects the caches met: whoever reads one first owns it.
     """
     q, key, value = node.inputs[:3]
     new: list[ir.Value | None] = []
@@ -163,9 +172,10 @@ def _around(node: ir.Node, scattered: set[ir.Node]) -> dict[str, ir.Value]:
     else:
         for present in (key, value):
             scatter = present.producer() if present is not None else None
-            if scatter is not None and scatter.op_type == "TensorScatter":
-                new += [scatter.inputs[1]] if scatter not in scattered else []
-                scattered.add(scatter)
+            if scatter is not None and present is not None and scatter.op_type in _NEW_TOKENS:
+                slot = _NEW_TOKENS[scatter.op_type] + (present.index() or 0)
+                new += [scatter.inputs[slot]] if present not in scattered else []
+                scattered.add(present)
     found = {"q": q, **dict(zip(("k", "v"), new, strict=False)), "attention": node.outputs[0]}
     return {role: value for role, value in found.items() if value is not None}
 

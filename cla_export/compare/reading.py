@@ -9,6 +9,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -38,12 +39,21 @@ class Reading:
 
 
 def read_bundle(bundle: Bundle, model: ClaDecoder) -> Reading:
-    """Read a bundle's graph beside the float32 model that it was exported from."""
-    reading = Reading(_sharing(bundle))
+    """Read a bundle's graphs beside the float32 model that it was exported from."""
+    reading = _read_graph(bundle, bundle.graph, model)
+    if bundle.cpu_graph is not None:
+        faults = _read_graph(bundle, bundle.cpu_graph, model).faults
+        known = set(reading.faults)
+        reading.faults += [f"{bundle.cpu_graph.name}: {f}" for f in faults if f not in known]
+    return reading
+
+
+def _read_graph(bundle: Bundle, path: Path, model: ClaDecoder) -> Reading:
+    reading = Reading(_sharing(bundle, path))
     try:
-        graph = ir.load(bundle.graph).graph
+        graph = ir.load(path).graph
     except Exception as error:  # protobuf's and onnx_ir's own
-        reading.faults.append(f"{bundle.graph.name} cannot be read: {error}")
+        reading.faults.append(f"{path.name} cannot be read: {error}")
         return reading
     reading.faults += _norms(graph, model.spec.norm_eps)
     initializers = graph.initializers
@@ -77,9 +87,9 @@ def _named(model: ClaDecoder) -> list[tuple[str, torch.Tensor]]:
     return list(model.named_parameters(remove_duplicate=False))  # a tied head by both its names
 
 
-def _sharing(bundle: Bundle) -> list[str]:
+def _sharing(bundle: Bundle, path: Path) -> list[str]:
     try:
-        _, found, _, _ = read_graph(bundle.graph)
+        _, found, _, _ = read_graph(path)
     except GraphError as error:
         return [str(error)]
     if found == bundle.layout:

@@ -95,9 +95,16 @@ def open_marked(
     setup: Setup,
     engine: type[OnnxRuntimeExecutor] = OnnxRuntimeExecutor,
     record: int | None = None,
+    *,
+    stock: bool = True,
 ) -> MarkedExecutor:
-    """An executor over the marked graph for a setup's cases, full of garbage."""
-    executor = marked(engine)(bundle, capacity=setup.capacity, slots=setup.slots, record=record)
+    """An executor over the marked graph for a setup's cases, full of garbage.
+
+    `stock` says which of a bundle's graphs, as for OnnxRuntimeExecutor.
+    """
+    executor = marked(engine)(
+        bundle, capacity=setup.capacity, slots=setup.slots, record=record, stock=stock
+    )
     fill_with_garbage(executor)
     return executor
 
@@ -186,7 +193,7 @@ def _got(
     return cache.reshape(len(cache), -1)
 
 
-def first_divergence(found: list[Difference], layout: KVLayout, case: Case) -> Divergence | None:
+def first_divergence(found: list[Difference], layout: KVLayout, case: str) -> Divergence | None:
     """The first comparison beyond its tolerance; None if no layer's values differ."""
     first = next((difference for difference in found if not difference.passed), None)
     if first is None:
@@ -194,7 +201,7 @@ def first_divergence(found: list[Difference], layout: KVLayout, case: Case) -> D
     worst = int(first.error.argmax())
     token, channel = divmod(worst, first.error.shape[1])
     return Divergence(
-        case=case.name,
+        case=case,
         call=first.call,
         layer=first.layer,
         group=layout.group_of(first.layer),
@@ -209,7 +216,7 @@ def first_divergence(found: list[Difference], layout: KVLayout, case: Case) -> D
     )
 
 
-def layer_map(found: list[Difference], calls: list[Call], case: Case) -> LayerMap:
+def layer_map(found: list[Difference], calls: list[Call], case: str) -> LayerMap:
     """The largest share of its tolerance that each layer's worst tensor takes in each call."""
     shares: dict[int, list[float]] = {}
     roles: dict[int, list[str]] = {}
@@ -219,7 +226,7 @@ def layer_map(found: list[Difference], calls: list[Call], case: Case) -> LayerMa
         if difference.share > row[difference.call] or not names[difference.call]:
             row[difference.call], names[difference.call] = difference.share, difference.role
     rows = [LayerErrors(layer, shares[layer], roles[layer]) for layer in sorted(shares)]
-    return LayerMap(case.name, [describe(call) for call in calls], rows)
+    return LayerMap(case, [describe(call) for call in calls], rows)
 
 
 def describe(call: Call) -> str:

@@ -1,6 +1,11 @@
-"""The ONNX Runtime executor: a bundle's graph over pools bound as past and present at once."""
+"""The ONNX Runtime executor: a bundle's graph over pools bound as past and present at once.
 
-from collections.abc import Iterable
+A bundle for CPUs has two graphs over one set of weights. The one with our own attention operator
+runs wherever that can be compiled; the stock one, with ONNX Runtime's own operators, elsewhere.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,10 +14,14 @@ from numpy.typing import NDArray
 from cla_export.bundle import Bundle
 from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
 from cla_export.errors import BadInput, MissingEnvironment, RunError
+from cla_export.plugin import compile_cpu
 from cla_export.rewrite.keep_last_logits import KEEP
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
+
+    Change = Callable[[ir.Model], object]
 
 _NUMPY = {"float32": np.float32, "float16": np.float16}
 _QUIET = 3  # log errors only; ONNX Runtime warns about overridable initialisers, which we use
@@ -26,7 +35,8 @@ class OnnxRuntimeExecutor(PooledExecutor):
         capacity: tokens a slot can hold; at most the model's positions (None: all of them).
         slots: rows that can run side by side.
         threads: intra-operator threads, None for ONNX Runtime's own choice.
-        graph: run this in place of the bundle's graph, over the bundle's weights.
+        stock: run the graph of ONNX Runtime's own operators, model.onnx, in any case.
+        change: called with the graph before it is opened, to edit it.
     """
 
     backend = "onnxruntime"
@@ -38,7 +48,8 @@ class OnnxRuntimeExecutor(PooledExecutor):
         capacity: int | None = None,
         slots: int = 1,
         threads: int | None = None,
-        graph: "onnx.ModelProto | None" = None,
+        stock: bool = False,
+        change: "Change | None" = None,
     ) -> None:
         if bundle.dtype not in _NUMPY:
             raise MissingEnvironment(
@@ -50,9 +61,9 @@ class OnnxRuntimeExecutor(PooledExecutor):
             raise BadInput(f"capacity is {capacity}; the model has {limit} positions")
         capacity = limit if capacity is None else capacity
         super().__init__(bundle.layout, capacity, slots, bundle.vocab_size)
-        self._ort, self._session = _open(bundle, threads, graph)
-        self._graph = bundle.graph
-        self._by_mask = bundle.target == "onnxruntime"
+        self.graph, library = graph_of(bundle, stock=stock)
+        self._ort, self._session = _open(self.graph, threads, change, library)
+        self._by_mask = bundle.target == "onnxruntime" and self.graph == bundle.graph
         dtype = _NUMPY[bundle.dtype]
         self._pools: list[Cache] = []
         for group in self.layout.groups:
@@ -108,18 +119,19 @@ class OnnxRuntimeExecutor(PooledExecutor):
         for name, value in self._views_of(first, rows):
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
-        wanted_outputs = ["logits", *more]
+        more = list(more)
+        wanted_outputs = ["logits", *dict.fromkeys(more)]  # binding one twice gives it once
         for name in wanted_outputs:
             binding.bind_output(name)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's own exception types derive from it alone
             raise RunError(
-                f"{self._graph}: ONNX Runtime {self._ort.__version__} failed to run it: {error}"
+                f"{self.graph}: ONNX Runtime {self._ort.__version__} failed to run it: {error}"
             ) from error
         bound = binding.get_outputs()[-len(wanted_outputs) :]  # in the order they were bound
-        logits, *others = (value.numpy() for value in bound)
-        return logits.astype(np.float32, copy=False), others
+        made = dict(zip(wanted_outputs, (value.numpy() for value in bound), strict=True))
+        return made["logits"].astype(np.float32, copy=False), [made[name] for name in more]
 
     def _lengths(
         self, starts: NDArray[np.int64], counts: NDArray[np.int64], length: int
@@ -144,7 +156,19 @@ class OnnxRuntimeExecutor(PooledExecutor):
         return self._views[first, rows]
 
 
-def _open(bundle: Bundle, threads: int | None, graph: "onnx.ModelProto | None") -> tuple[Any, Any]:
+def graph_of(bundle: Bundle, *, stock: bool = False) -> tuple[Path, Path | None]:
+    """The graph that runs here, and the library of operators that it needs."""
+    if bundle.cpu_graph is None or stock:
+        return bundle.graph, None
+    try:
+        return bundle.cpu_graph, compile_cpu.library()
+    except MissingEnvironment:
+        return bundle.graph, None
+
+
+def _open(
+    graph: Path, threads: int | None, change: "Change | None", library: Path | None
+) -> tuple[Any, Any]:
     try:
         import onnxruntime
     except ImportError as error:
@@ -155,16 +179,26 @@ def _open(bundle: Bundle, threads: int | None, graph: "onnx.ModelProto | None") 
     options.log_severity_level = _QUIET
     if threads is not None:
         options.intra_op_num_threads = threads
-    source: str | bytes = str(bundle.graph)
-    if graph is not None:
-        source = graph.SerializeToString()
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(bundle.folder)
-        )
     try:
+        source: str | bytes = str(graph)
+        if change is not None:
+            source = _changed(graph, change).SerializeToString()
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(graph.parent)
+            )
+        if library is not None:
+            options.register_custom_ops_library(str(library))
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exception types derive from Exception alone
         raise RunError(
-            f"{bundle.graph}: ONNX Runtime {onnxruntime.__version__} cannot open it: {error}"
+            f"{graph}: ONNX Runtime {onnxruntime.__version__} cannot open it: {error}"
         ) from error
     return onnxruntime, session
+
+
+def _changed(graph: Path, change: "Change") -> "onnx.ModelProto":
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    change(model)
+    return ir.to_proto(model)

@@ -20,6 +20,7 @@ TARGETS: Mapping[str, str] = {
     "tensorrt": "cla_export.lower.tensorrt",
     "tensorrt-rtx": "cla_export.lower.tensorrt",
 }
+CPU = "onnxruntime-cpu"  # a second graph in bundles of target onnxruntime, over the same weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,12 @@ def check_target(target: str) -> str:
 
 
 def lower(target: str, canonical: ir.Model, layout: KVLayout, **options: str) -> Lowered:
-    """Lower a canonical graph to a target; the canonical graph is left as it is.
+    """Lower a canonical graph to a target, or to `CPU`; the canonical graph is left as it is.
 
     `options` are the target's own, such as `attention` of TensorRT's.
     """
-    module = import_module(TARGETS[check_target(target)])
+    known = {**TARGETS, CPU: "cla_export.lower.onnxruntime_cpu"}
+    module = import_module(known[target if target == CPU else check_target(target)])
     model = canonical.clone()
     choices: list[tuple[str, str]] = module.lower(model, layout, **options)
     facts, found, _, _ = read_model(model, target)

@@ -8,6 +8,7 @@ weight that is also read elsewhere, such as a tied embedding, is kept beside its
 
 import onnx_ir as ir
 
+from cla_export.lower.linears import linear_weight
 from cla_export.quantization import PACKED, SCALES, WEIGHT, Quantization
 from cla_export.rewrite.simplify import drop_unused
 
@@ -19,8 +20,8 @@ def quantize_weights(model: ir.Model, quantization: Quantization) -> int:
     graph = model.graph
     found = 0
     for node in list(graph):
-        weight = _linear_weight(node)
-        if weight is None:
+        weight = linear_weight(node)
+        if weight is None or weight.const_value is not None:
             continue
         name = "lm_head.weight" if str(node.name).startswith("lm_head/") else str(weight.name)
         how = quantization.of_weight(name)
@@ -58,19 +59,6 @@ def quantize_weights(model: ir.Model, quantization: Quantization) -> int:
         model.opset_imports["com.microsoft"] = 1
     drop_unused(model)
     return found
-
-
-def _linear_weight(node: ir.Node) -> ir.Value | None:
-    """The 2-D weight [N, K] of a MatMul with its transpose, or None."""
-    if node.op_type != "MatMul" or node.inputs[1] is None:
-        return None
-    transpose = node.inputs[1].producer()
-    if transpose is None or transpose.op_type != "Transpose":
-        return None
-    weight = transpose.inputs[0]
-    if weight is None or not weight.is_initializer() or weight.const_value is not None:
-        return None
-    return weight if weight.shape is not None and len(weight.shape) == 2 else None
 
 
 def _initializer(

@@ -22,7 +22,7 @@ from cla_export.engines.torch import TorchExecutor
 from cla_export.errors import BadInput, BundleError, MissingEnvironment
 
 CLOSE = 1e-4  # float32 through other kernels; measured errors stay under 1e-5
-KINDS = ("torch", "onnxruntime", "portable")
+KINDS = ("torch", "onnxruntime", "stock", "portable")  # stock: ONNX Runtime's own operators
 VOCAB, POSITIONS = BASE["vocab_size"], BASE["max_position_embeddings"]
 STALE = 77.0  # what every slot holds before a test: reading beyond a row must show
 Make = Callable[..., PooledExecutor]
@@ -31,6 +31,14 @@ Make = Callable[..., PooledExecutor]
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def open_kind(zoo: Zoo, kind: str, capacity: int | None, slots: int) -> OnnxRuntimeExecutor:
+    bundle = zoo.bundle("portable" if kind == "portable" else "onnxruntime", **MIXED)
+    stock = kind == "stock"
+    made = OnnxRuntimeExecutor(bundle, capacity=capacity, slots=slots, threads=1, stock=stock)
+    assert made.graph == (bundle.cpu_graph if kind == "onnxruntime" else bundle.graph)
+    return made
 
 
 @pytest.fixture
@@ -43,8 +51,7 @@ def make(zoo: Zoo, kind: str) -> Make:
             capacity = POSITIONS if capacity is None else capacity
             made = TorchExecutor(zoo.model(**MIXED), capacity=capacity, slots=slots)
         else:
-            bundle = zoo.bundle(kind, **MIXED)
-            made = OnnxRuntimeExecutor(bundle, capacity=capacity, slots=slots, threads=1)
+            made = open_kind(zoo, kind, capacity, slots)
         for group in range(made.layout.num_groups):
             for pool in made.cache(group):
                 pool[...] = STALE
@@ -233,27 +240,25 @@ def test_rows_without_tokens(make: Make) -> None:
 
 
 def test_several_chunks_after_held_tokens(zoo: Zoo) -> None:
-    """Standard operators take them; the fused operator does not, and says so before it runs."""
-    bundles = {kind: zoo.bundle(kind, **MIXED) for kind in ("onnxruntime", "portable")}
-    executors = {
-        kind: OnnxRuntimeExecutor(bundle, capacity=24, slots=2, threads=1)
-        for kind, bundle in bundles.items()
-    }
+    """GroupQueryAttention does not take them, and its graph says so before it runs."""
+    kinds = ("onnxruntime", "stock", "portable")
+    executors = {kind: open_kind(zoo, kind, 24, 2) for kind in kinds}
     texts, held = [tokens_of(9, 1), tokens_of(9, 2)], [2, 5]
     for executor in executors.values():
         executor.prefill_rows(0, [text[:n] for text, n in zip(texts, held, strict=True)])
     chunks = [text[n : n + 3] for text, n in zip(texts, held, strict=True)]
     check_refused(
-        executors["onnxruntime"],
-        lambda: executors["onnxruntime"]._step(0, chunks, held, 1),
+        executors["stock"],
+        lambda: executors["stock"]._step(0, chunks, held, 1),
         "2 rows of up to 3 new tokens",
         "prefill one slot at a time",
     )
-    logits = executors["portable"]._step(0, chunks, held, 3)
     model = zoo.model(**MIXED)
-    for row, (text, start) in enumerate(zip(texts, held, strict=True)):
-        expected = stateless_logits(model, text)[start : start + 3]
-        assert np.abs(logits[row] - expected).max() <= CLOSE
+    for kind in ("onnxruntime", "portable"):
+        logits = executors[kind]._step(0, chunks, held, 3)
+        for row, (text, start) in enumerate(zip(texts, held, strict=True)):
+            expected = stateless_logits(model, text)[start : start + 3]
+            assert np.abs(logits[row] - expected).max() <= CLOSE
 
 
 # What cannot be opened.

@@ -17,6 +17,8 @@ from cla_export.errors import GraphError
 from cla_export.graph_reading import read_model
 from cla_export.graph_text import from_text, to_text
 from cla_export.layout import layout_from_config, paper_layout, parse_paper_name
+from cla_export.lower import CPU
+from cla_export.lower.onnxruntime_cpu import MIN_HEAD_DIM
 from cla_export.models import family_of
 from cla_export.rewrite.structure import check_structure
 
@@ -103,6 +105,9 @@ def test_every_paper_row_has_a_spec():
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("stage", regen_graphs.STAGES)
 def test_graph_golden_reads_back_and_keeps_one_cache_a_group(name, stage):
+    if stage == CPU and TINY[name]["head_dim"] < MIN_HEAD_DIM:
+        assert not (GRAPHS / f"onnx/{name}.{stage}.onnxtxt").exists(), "bundles have none either"
+        return
     text = golden(f"onnx/{name}.{stage}.onnxtxt")
     assert pass_examples.normalised(text) == text
     layout = layout_from_config(TINY[name])

@@ -14,12 +14,14 @@ import onnx_ir as ir
 import pytest
 from models_zoo import MIXED, Zoo, make_checkpoint
 
-from cla_export.bundle import Bundle
+from cla_export.bundle import CPU_GRAPH, Bundle
 from cla_export.compare.files import failure, to_junit, write_report
 from cla_export.compare.gate import compare_bundle
 from cla_export.compare.report import ParityReport
 from cla_export.compare.schema import json_schema
-from cla_export.errors import BadInput, BundleError
+from cla_export.errors import BadInput, BundleError, MissingEnvironment
+from cla_export.lower.onnxruntime_cpu import MIN_HEAD_DIM
+from cla_export.plugin import compile_cpu
 
 Edit = Callable[[ir.Graph], None]
 GOOD = {
@@ -42,7 +44,10 @@ def test_a_good_bundle_passes(zoo: Zoo, which: str) -> None:
     assert report.passed
     assert report.divergence is None
     cases = {result.case for result in report.tensors}
-    assert len(cases) == 10
+    graphs = 1 if bundle.cpu_graph is None else 2
+    if (target, dtype) == ("onnxruntime", "fp32") and bundle.layout.head_dim[0] >= MIN_HEAD_DIM:
+        assert graphs == 2, "both of them are proven"
+    assert len(cases) == 10 * graphs
     outputs = {f"cache.{g}.{p}" for g in range(bundle.layout.num_groups) for p in ("key", "value")}
     for case in cases:
         assert {r.output for r in report.tensors if r.case == case} == outputs | {"logits"}
@@ -216,12 +221,15 @@ MUTANTS: dict[str, tuple[str, Edit, tuple[int, int] | None, str | None]] = {
 }
 
 
-def mutant(zoo: Zoo, folder: Path, target: str, edit: Edit) -> Bundle:
+def mutant(zoo: Zoo, folder: Path, target: str, edit: Edit, graph: str = "model.onnx") -> Bundle:
+    """A bundle with an edited graph; the one for CPUs is left out where another is edited."""
     bundle = zoo.bundle(target, **MIXED)
     shutil.copytree(bundle.folder, folder)
-    model = ir.load(folder / "model.onnx")
+    model = ir.load(folder / graph)
     edit(model.graph)
-    ir.save(model, folder / "model.onnx")
+    ir.save(model, folder / graph)
+    if graph != CPU_GRAPH:
+        (folder / CPU_GRAPH).unlink(missing_ok=True)
     return replace(bundle, folder=folder)
 
 
@@ -241,6 +249,67 @@ def test_a_wrong_bundle_fails_where_it_is_wrong(zoo: Zoo, tmp_path: Path, which:
         assert ((found.layer, found.group), found.role) == (place, role)
         assert not found.error <= found.tolerance
         assert found.case == failed[0].case
+
+
+def cpu_attention(graph: ir.Graph, layer: int) -> ir.Node:
+    return node_of(graph, layer, "ClaAttention")
+
+
+def no_window(graph: ir.Graph) -> None:
+    node = next(n for n in graph if n.attributes.get_int("window", 0))
+    node.attributes["window"] = ir.AttrInt64("window", 0)
+
+
+def another_scale(graph: ir.Graph) -> None:
+    node = cpu_attention(graph, 1)
+    node.attributes["scale"] = ir.AttrFloat32("scale", node.attributes.get_float("scale") * 1.01)
+
+
+def swapped_caches(graph: ir.Graph) -> None:
+    node = cpu_attention(graph, 2)
+    key, value = node.inputs[1:3]
+    node.replace_input_with(1, value)
+    node.replace_input_with(2, key)
+
+
+def values_for_keys(graph: ir.Graph) -> None:
+    node = next(n for n in graph if n.op_type == "ClaAppend")
+    node.replace_input_with(3, node.inputs[2])
+
+
+@pytest.mark.parametrize(
+    ("edit", "layer", "role"),
+    [
+        (no_window, None, "attention"),
+        (another_scale, 1, "attention"),
+        (swapped_caches, 2, "attention"),
+        (values_for_keys, 0, "value_cache"),
+    ],
+)
+def test_a_wrong_graph_for_cpus_fails_where_it_is_wrong(
+    zoo: Zoo, tmp_path: Path, edit: Edit, layer: int | None, role: str
+) -> None:
+    report = gate(mutant(zoo, tmp_path / "bundle", "onnxruntime", edit, CPU_GRAPH))
+    failed = {result.case for result in report.tensors if not result.passed}
+    assert failed
+    assert all(case.endswith(CPU_GRAPH) for case in failed), "the other graph is right"
+    assert report.divergence is not None
+    assert report.divergence.case.endswith(CPU_GRAPH)
+    assert layer is None or report.divergence.layer == layer
+    assert report.divergence.role in (role, "v" if role == "value_cache" else role)
+
+
+def test_without_a_compiler_the_report_says_what_did_not_run(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> Path:
+        raise MissingEnvironment("no C compiler")
+
+    monkeypatch.setattr(compile_cpu, "library", missing)
+    report = gate(zoo.bundle("onnxruntime", **MIXED))
+    assert report.passed
+    assert not any(result.case.endswith(CPU_GRAPH) for result in report.tensors)
+    assert any(note.startswith(f"{CPU_GRAPH} was not run") for note in report.notes)
 
 
 def test_an_edit_that_changes_nothing_passes(zoo: Zoo, tmp_path: Path) -> None:

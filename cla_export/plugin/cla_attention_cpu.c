@@ -1,0 +1,735 @@
+/* ClaAttention, ClaAppend and ClaLinear on a CPU, in float32, as custom operators of ONNX Runtime.
+ *
+ * ClaAttention: each key and value of a cache is read once per block of query rows, and in decode that is once
+ * per key/value head: the query heads that share it are the rows. Work is split by row of the
+ * batch, key/value head, block of rows and range of keys, so one long row keeps all threads busy; a
+ * row's ranges depend on its own lengths alone, so its bits do not depend on its neighbours or on
+ * the number of threads. The last range of a block to finish merges them (flash decoding).
+ *
+ * Two inner loops make scores, both of them as fast as the processor multiplies:
+ *   lanes  row r of a tile is lane r of a vector: every key element times a vector of queries
+ *   dots   few rows: a vector along the head dim for each key and row, then a transposing sum
+ *
+ * ClaLinear is the same loops with a weight's rows for keys and tokens for queries. It reads a
+ * weight as the checkpoint has it, so weights are in memory once, and shared with the file.
+ *
+ * Compiled for the machine it runs on, with GCC's vector extensions: any architecture will do.
+ */
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "onnxruntime_abi.h"
+
+#if defined(__AVX512F__)
+enum { LANES = 16, PV_ROWS = 6, PV_COLUMNS = 4 };
+#elif defined(__AVX2__)
+enum { LANES = 8, PV_ROWS = 3, PV_COLUMNS = 4 };
+#else
+enum { LANES = 4, PV_ROWS = 3, PV_COLUMNS = 4 };
+#endif
+enum {
+  BLOCK = 128,     /* keys that are scored, then weighted, at a time: they stay in L1 and L2 */
+  KEYS = 8,        /* keys in flight in the loop of lanes */
+  TILES = 4,       /* tiles of LANES rows that share a block of keys */
+  RANGES = 16,     /* most ranges of keys that a block of rows is split into */
+  MAX_DIM = 512,
+  COLUMNS = 1024,/* of a weight at a time, where tokens are many: a tile's stay in L1 */
+  TOKENS = 128,    /* of a task: their columns stay in L2 */
+};
+
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(LANES * 4)));
+typedef float loose __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(LANES * 4)));
+#define INLINE static inline __attribute__((always_inline))
+#define ALIGNED __attribute__((aligned(64)))
+#define EMPTY (-1e30f) /* maximum of no scores: finite, so that differences are too */
+
+INLINE vec load(const float *p) { return *(const loose *)p; }
+INLINE void store(float *p, vec v) { *(loose *)p = v; }
+INLINE vec splat(float x) { return (vec){0} + x; }
+INLINE vec pick(ints which, vec a, vec b) { return (vec)((which & (ints)a) | (~which & (ints)b)); }
+INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
+
+/* e^x within 2 units in the last place; exactly 0 where x is below -87. NaN stays NaN. */
+INLINE vec exponential(vec x) {
+  vec z = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: leaves the rounded integer in low bits */
+  ints n = (ints)z << 23;
+  vec whole = z - 12582912.0f;
+  vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return pick(x < -87.0f, splat(0.0f), (vec)((ints)p + n));
+}
+
+INLINE vec soft_cap(vec s, float cap) {
+  vec x = s * (2.0f / cap);
+  x = pick(x > 80.0f, splat(80.0f), x); /* tanh is 1 long before */
+  return cap - 2.0f * cap / (exponential(x) + 1.0f);
+}
+
+/* ---- scores --------------------------------------------------------------------------------- */
+
+/* scores[t][lane] of `keys` keys; queries [D][LANES], scaled. Fetches what `next` points at, a
+ * block like this one, while it multiplies. */
+static void score_lanes(const float *restrict k, const float *restrict queries,
+                        float *restrict scores, int keys, int dim, const float *next) {
+  int t = 0;
+  for (; t + KEYS <= keys; t += KEYS) {
+    const float *row = k + (size_t)t * dim;
+    for (int i = 0; i < KEYS * dim; i += 16) __builtin_prefetch(next + (size_t)t * dim + i, 0, 1);
+    vec sum[KEYS];
+    for (int j = 0; j < KEYS; j++) sum[j] = splat(0.0f);
+    for (int d = 0; d < dim; d++) {
+      vec q = load(queries + d * LANES);
+      for (int j = 0; j < KEYS; j++) sum[j] += row[(size_t)j * dim + d] * q;
+    }
+    for (int j = 0; j < KEYS; j++) store(scores + (t + j) * LANES, sum[j]);
+  }
+  for (; t < keys; t++) {
+    vec sum = splat(0.0f);
+    for (int d = 0; d < dim; d++) sum += k[(size_t)t * dim + d] * load(queries + d * LANES);
+    store(scores + t * LANES, sum);
+  }
+}
+
+/* Two vectors as one of sums: lanes without `WIDTH` in their number from v, the others from w. */
+#define LOW(i, width) ((i) & (width) ? ((i) & ~(width)) + LANES : (i) & ~(width))
+#define HIGH(i, width) (LOW(i, width) + (width))
+#define LANES_4(f, i, width) f(i, width), f(i + 1, width), f(i + 2, width), f(i + 3, width)
+#define LANES_8(f, i, width) LANES_4(f, i, width), LANES_4(f, i + 4, width)
+#define LANES_16(f, i, width) LANES_8(f, i, width), LANES_8(f, i + 8, width)
+#if defined(__AVX512F__)
+#define EACH(f, width) LANES_16(f, 0, width)
+#elif defined(__AVX2__)
+#define EACH(f, width) LANES_8(f, 0, width)
+#else
+#define EACH(f, width) LANES_4(f, 0, width)
+#endif
+#if defined(__clang__)
+#define CHOOSE(v, w, f, width) __builtin_shufflevector(v, w, EACH(f, width))
+#else
+#define CHOOSE(v, w, f, width) __builtin_shuffle(v, w, (ints){EACH(f, width)})
+#endif
+#define HALVE(v, width)                                                                            \
+  for (int i = 0; i < width; i++)                                                                  \
+    v[i] = CHOOSE(v[i], v[i + width], LOW, width) + CHOOSE(v[i], v[i + width], HIGH, width);
+
+/* Lane i becomes the sum of v[i]'s lanes. */
+INLINE vec sum_each(vec v[LANES]) {
+#if defined(__AVX512F__)
+  HALVE(v, 8)
+#endif
+#if defined(__AVX2__)
+  HALVE(v, 4)
+#endif
+  HALVE(v, 2)
+  HALVE(v, 1)
+  return v[0];
+}
+
+/* scores[t][stride] of `keys` keys for up to `stride` rows, stride a power of two below LANES;
+ * queries [columns / LANES][stride][LANES], scaled, zero where columns overlap. */
+#define SCORE_DOTS(STRIDE)                                                                         \
+  static void score_dots_##STRIDE(const float *restrict k, const float *restrict queries,          \
+                                  float *restrict scores, int keys, int dim, const float *next) {  \
+    enum { AT_ONCE = LANES / STRIDE };                                                             \
+    for (int t = 0; t < keys; t += AT_ONCE) {                                                      \
+      vec sum[LANES];                                                                              \
+      const float *row[AT_ONCE];                                                                   \
+      for (int j = 0; j < AT_ONCE; j++) row[j] = k + (size_t)(t + j < keys ? t + j : keys - 1) * dim; \
+      for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);                                        \
+      const float *q = queries;                                                                    \
+      for (int c = 0; c < dim; c += LANES, q += STRIDE * LANES) {                                  \
+        int column = c + LANES <= dim ? c : dim - LANES;                                           \
+        for (int j = 0; j < AT_ONCE; j++) {                                                        \
+          vec x = load(row[j] + column);                                                           \
+          __builtin_prefetch(next + (row[j] - k) + column, 0, 1);                                  \
+          for (int r = 0; r < STRIDE; r++) sum[j * STRIDE + r] += x * load(q + r * LANES);         \
+        }                                                                                          \
+      }                                                                                            \
+      store(scores + t * STRIDE, sum_each(sum));                                                   \
+    }                                                                                              \
+  }
+SCORE_DOTS(1)
+SCORE_DOTS(2)
+#if defined(__AVX2__)
+SCORE_DOTS(4)
+#endif
+#if defined(__AVX512F__)
+SCORE_DOTS(8)
+#endif
+
+static void score_few(const float *k, const float *queries, float *scores, int keys, int dim,
+                      int stride, const float *next) {
+  if (stride == 1) score_dots_1(k, queries, scores, keys, dim, next);
+  if (stride == 2) score_dots_2(k, queries, scores, keys, dim, next);
+#if defined(__AVX2__)
+  if (stride == 4) score_dots_4(k, queries, scores, keys, dim, next);
+#endif
+#if defined(__AVX512F__)
+  if (stride == 8) score_dots_8(k, queries, scores, keys, dim, next);
+#endif
+}
+
+/* ---- weighted values ------------------------------------------------------------------------ */
+
+/* out[row][column] += sum over t of weights[t][row] * v[t][column], R rows by C vectors; `column`
+ * says where in a row of v each vector starts. */
+INLINE void weigh_block(const float *restrict v, const float *restrict weights,
+                        float *restrict out, int keys, int dim, int stride, int width,
+                        const int *column, const float *next, const int R, const int C) {
+  vec sum[PV_ROWS][PV_COLUMNS];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) sum[r][c] = load(out + r * width + c * LANES);
+  for (int t = 0; t < keys; t++, v += dim, weights += stride) {
+    vec x[PV_COLUMNS];
+    if (next)
+      for (int c = 0; c < C; c++) __builtin_prefetch(next + (size_t)t * dim + column[c], 0, 1);
+    for (int c = 0; c < C; c++) x[c] = load(v + column[c]);
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++) sum[r][c] += weights[r] * x[c];
+  }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) store(out + r * width + c * LANES, sum[r][c]);
+}
+
+#define WEIGH(R)                                                                                   \
+  static void weigh_##R(const float *v, const float *weights, float *out, int keys, int dim,       \
+                        int stride, int width, const float *next) {                                \
+    for (int c = 0, left = width / LANES; left > 0;) {                                             \
+      int column[PV_COLUMNS], some = left >= PV_COLUMNS ? PV_COLUMNS : left >= 2 ? 2 : 1;          \
+      for (int i = 0; i < some; i++) column[i] = column_of(c + i, dim);                            \
+      float *o = out + c * LANES;                                                                  \
+      if (some == PV_COLUMNS)                                                                      \
+        weigh_block(v, weights, o, keys, dim, stride, width, column, next, R, PV_COLUMNS);         \
+      else if (some == 2)                                                                          \
+        weigh_block(v, weights, o, keys, dim, stride, width, column, next, R, 2);                  \
+      else                                                                                         \
+        weigh_block(v, weights, o, keys, dim, stride, width, column, next, R, 1);                  \
+      c += some, left -= some;                                                                     \
+    }                                                                                              \
+  }
+
+/* Where vector `c` of a row starts: the last one overlaps where the head dim is no multiple. */
+INLINE int column_of(int c, int dim) { return (c + 1) * LANES <= dim ? c * LANES : dim - LANES; }
+
+WEIGH(1)
+WEIGH(2)
+WEIGH(3)
+#if defined(__AVX512F__)
+WEIGH(4)
+WEIGH(6)
+#endif
+
+/* The rows of a tile, a few at a time; the first of them fetch the keys that come next. */
+static void weigh(const float *v, const float *weights, float *out, int rows, int keys, int dim,
+                  int stride, int width, const float *next) {
+  for (int r = 0; r < rows;) {
+    const float *w = weights + r;
+    float *o = out + (size_t)r * width;
+    int left = rows - r, some;
+#if defined(__AVX512F__)
+    some = left >= 6 ? 6 : left >= 4 ? 4 : left;
+    if (some == 6) weigh_6(v, w, o, keys, dim, stride, width, next);
+    if (some == 4) weigh_4(v, w, o, keys, dim, stride, width, next);
+#else
+    some = left >= 3 ? 3 : left;
+#endif
+    if (some == 3) weigh_3(v, w, o, keys, dim, stride, width, next);
+    if (some == 2) weigh_2(v, w, o, keys, dim, stride, width, next);
+    if (some == 1) weigh_1(v, w, o, keys, dim, stride, width, next);
+    r += some, next = NULL;
+  }
+}
+
+/* ---- one call ------------------------------------------------------------------------------- */
+
+typedef struct {
+  const OrtApi *api;
+  float scale, softcap;
+  int64_t window;
+} Kernel;
+
+typedef struct {
+  const float *q, *keys, *values;
+  const int32_t *lengths;
+  float *y;
+  int batch, q_heads, kv_heads, queries, capacity, dim;
+  int64_t q_head, q_token; /* elements from one head, and one token, to the next */
+  float scale, softcap;
+  int64_t window;
+  int group, rows, block_rows, blocks, ranges; /* of a key/value head; ranges at most */
+  int stride, width;                           /* rows of a tile; floats of an output row */
+  float *partial;                              /* [batch * kv_heads * blocks][ranges] */
+  int *finished;                               /* [batch * kv_heads * blocks] */
+} Call;
+
+/* Maximum, sum and weighted values of a block of rows over a range of keys. */
+typedef struct {
+  float *maximum, *sum, *out; /* [block_rows], [block_rows], [block_rows][width] */
+} State;
+
+static size_t state_floats(const Call *c) {
+  return (size_t)(c->block_rows + LANES) * 2 + (size_t)c->block_rows * c->width;
+}
+
+static State state_at(const Call *c, float *memory) {
+  int padded = c->block_rows + LANES;
+  return (State){memory, memory + padded, memory + 2 * padded};
+}
+
+INLINE int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The keys that a row of a block sees: [first, last). */
+INLINE int64_t first_key(const Call *c, int64_t length, int row) {
+  int64_t position = length - c->queries + row / c->group;
+  return c->window > 0 ? larger_of(0, position - c->window + 1) : 0;
+}
+INLINE int64_t last_key(const Call *c, int64_t length, int row) {
+  return larger_of(0, length - c->queries + row / c->group + 1);
+}
+
+/* Queries of a tile, scaled: [D][LANES] for the loop of lanes, else [vectors][stride][LANES]. */
+static void pack(const Call *c, const float *q, int first, int rows, float *packed) {
+  int dim = c->dim;
+  for (int r = 0; r < rows; r++) {
+    int row = first + r;
+    const float *from = q + row / c->group * c->q_token + row % c->group * c->q_head;
+    if (c->stride == LANES) {
+      for (int d = 0; d < dim; d++) packed[d * LANES + r] = from[d] * c->scale;
+      continue;
+    }
+    for (int v = 0; v < c->width / LANES; v++)
+      for (int i = 0; i < LANES; i++) {
+        int d = column_of(v, dim) + i; /* columns that an earlier vector has count for nothing */
+        packed[(v * c->stride + r) * LANES + i] = d >= v * LANES ? from[d] * c->scale : 0.0f;
+      }
+  }
+}
+
+
+/* Lane i takes the value of all lanes of its row, by `of` two at a time. */
+INLINE vec fold(vec v, int stride, vec (*of)(vec, vec)) {
+  for (int width = LANES / 2; width >= stride; width /= 2) {
+    vec other;
+    for (int i = 0; i < LANES; i++) other[i] = v[i ^ width];
+    v = of(v, other);
+  }
+  return v;
+}
+INLINE vec plus(vec a, vec b) { return a + b; }
+
+/* Add the keys [from, to) of a block to the state of one tile. */
+static void add_block(const Call *c, int64_t length, int first, int rows, const float *k,
+                      const float *v, int64_t from, int64_t to, const float *queries,
+                      float *scores, State s, const float *next) {
+  int keys = (int)(to - from), vectors = (keys * c->stride + LANES - 1) / LANES;
+  if (c->stride == LANES)
+    score_lanes(k + from * c->dim, queries, scores, keys, c->dim, v + from * c->dim);
+  else
+    score_few(k + from * c->dim, queries, scores, keys, c->dim, c->stride, v + from * c->dim);
+  if (c->softcap > 0)
+    for (int i = 0; i < vectors; i++)
+      store(scores + i * LANES, soft_cap(load(scores + i * LANES), c->softcap));
+  for (int i = keys * c->stride; i < vectors * LANES; i++) scores[i] = -INFINITY;
+  if (last_key(c, length, first) < to || first_key(c, length, first + rows - 1) > from) {
+    ints low = {0}, high = {0}; /* only where rows are lanes: others see the same keys */
+    for (int r = 0; r < rows; r++) {
+      low[r] = (int)larger_of(first_key(c, length, first + r) - from, 0);
+      high[r] = (int)larger_of(last_key(c, length, first + r) - from, 0);
+    }
+    for (int t = 0; t < keys; t++) {
+      ints seen = (t >= low) & (t < high);
+      store(scores + t * LANES, pick(seen, load(scores + t * LANES), splat(-INFINITY)));
+    }
+  }
+  vec before = load(s.maximum), most = before;
+  for (int i = 0; i < vectors; i++) most = larger(load(scores + i * LANES), most);
+  most = fold(most, c->stride, larger);
+  vec shrink = exponential(before - most), sum = load(s.sum) * shrink;
+  for (int i = 0; i < vectors; i++) {
+    vec e = exponential(load(scores + i * LANES) - most);
+    sum += e;
+    store(scores + i * LANES, e);
+  }
+  store(s.maximum, most);
+  store(s.sum, sum);
+  for (int r = 0; r < rows; r++) {
+    float *out = s.out + (size_t)r * c->width, factor = shrink[r];
+    if (factor != 1.0f)
+      for (int i = 0; i < c->width; i += LANES) store(out + i, load(out + i) * factor);
+  }
+  weigh(v + from * c->dim, scores, s.out, rows, keys, c->dim, c->stride, c->width, next);
+}
+
+static void write_rows(const Call *c, int b, int h, int first, int rows, State s) {
+  for (int r = 0; r < rows; r++) {
+    int row = first + r, head = h * c->group + row % c->group;
+    float *y = c->y + (int64_t)b * c->q_heads * c->queries * c->dim + head * c->q_head +
+               row / c->group * c->q_token;
+    float factor = s.sum[r] > 0 ? 1 / s.sum[r] : s.sum[r] == 0 ? 0 : NAN;
+    const float *out = s.out + (size_t)r * c->width;
+    for (int v = 0; v < c->width / LANES; v++)
+      store(y + column_of(v, c->dim), load(out + v * LANES) * factor);
+  }
+}
+
+/* The states of a block's ranges as one, in the first. */
+static State merge(const Call *c, float *memory, int ranges, int rows) {
+  State all = state_at(c, memory);
+  for (int i = 1; i < ranges; i++) {
+    State s = state_at(c, memory + i * state_floats(c));
+    for (int r = 0; r < rows; r++) {
+      float most = fmaxf(all.maximum[r], s.maximum[r]);
+      vec a = exponential(splat(all.maximum[r] - most)), b = exponential(splat(s.maximum[r] - most));
+      float *to = all.out + (size_t)r * c->width, *from = s.out + (size_t)r * c->width;
+      all.maximum[r] = most;
+      all.sum[r] = all.sum[r] * a[0] + s.sum[r] * b[0];
+      for (int d = 0; d < c->width; d += LANES) store(to + d, load(to + d) * a + load(from + d) * b);
+    }
+  }
+  return all;
+}
+
+/* Task `index`: a range of keys of a block of rows of a key/value head of a row of the batch. */
+static void attend(void *data, size_t index) {
+  const Call *c = data;
+  size_t unit = index / c->ranges;
+  int range = (int)(index % c->ranges), block = (int)(unit % c->blocks);
+  int h = (int)(unit / c->blocks % c->kv_heads), b = (int)(unit / c->blocks / c->kv_heads);
+  int first = block * c->block_rows, rows = (int)smaller_of(c->block_rows, c->rows - first);
+  int64_t length = c->lengths[b];
+  int64_t start = first_key(c, length, first), stop = last_key(c, length, first + rows - 1);
+  int64_t some = larger_of(2 * BLOCK, (stop - start + c->ranges - 1) / c->ranges);
+  some = (some + BLOCK - 1) / BLOCK * BLOCK;
+  int used = (int)larger_of(1, (stop - start + some - 1) / some); /* ranges of this block */
+  if (range >= used) return;
+  start += range * some;
+  stop = smaller_of(stop, start + some);
+
+  const float *k = c->keys + ((int64_t)b * c->kv_heads + h) * c->capacity * c->dim;
+  const float *v = c->values + ((int64_t)b * c->kv_heads + h) * c->capacity * c->dim;
+  const float *q = c->q + (int64_t)b * c->q_heads * c->queries * c->dim + h * c->group * c->q_head;
+  int tile_rows = c->stride, tiles = (rows + tile_rows - 1) / tile_rows;
+  size_t tile_queries = (size_t)c->width * (c->stride == LANES ? LANES : c->stride);
+  size_t floats = tiles * tile_queries + BLOCK * LANES + (used == 1 ? state_floats(c) : 0);
+  float *memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+  if (!memory) abort();
+  float *scores = memory, *queries = memory + BLOCK * LANES, *own = queries + tiles * tile_queries;
+  float *shared = c->partial + unit * c->ranges * state_floats(c);
+  State s = state_at(c, used == 1 ? own : shared + range * state_floats(c));
+  for (int r = 0; r < c->block_rows + LANES; r++) s.maximum[r] = EMPTY, s.sum[r] = 0;
+  memset(s.out, 0, (size_t)c->block_rows * c->width * sizeof(float));
+  memset(queries, 0, tiles * tile_queries * sizeof(float));
+  for (int i = 0; i < tiles; i++)
+    pack(c, q, first + i * tile_rows, (int)smaller_of(tile_rows, rows - i * tile_rows),
+         queries + i * tile_queries);
+
+  for (int64_t from = start; from < stop; from += BLOCK)
+    for (int i = 0; i < tiles; i++) {
+      int r = i * tile_rows, some_rows = (int)smaller_of(tile_rows, rows - r);
+      int64_t low = larger_of(from, first_key(c, length, first + r));
+      int64_t high = smaller_of(smaller_of(from + BLOCK, stop),
+                                last_key(c, length, first + r + some_rows - 1));
+      if (low >= high) continue;
+      State part = {s.maximum + r, s.sum + r, s.out + (size_t)r * c->width};
+      add_block(c, length, first + r, some_rows, k, v, low, high, queries + i * tile_queries,
+                scores, part, i == tiles - 1 ? k + (from + BLOCK) * c->dim : NULL);
+    }
+  for (int i = 0; i < tiles; i++) store(s.sum + i * tile_rows, fold(load(s.sum + i * tile_rows), c->stride, plus));
+  if (used == 1)
+    write_rows(c, b, h, first, rows, s);
+  else if (__atomic_add_fetch(&c->finished[unit], 1, __ATOMIC_ACQ_REL) == used)
+    write_rows(c, b, h, first, rows, merge(c, shared, used, rows));
+  free(memory);
+}
+
+/* ---- ONNX Runtime --------------------------------------------------------------------------- */
+
+enum { MAX_RANK = 4 };
+typedef struct {
+  void *data;
+  int64_t dims[MAX_RANK];
+  size_t rank;
+} Tensor;
+
+#define TRY(call)                       \
+  do {                                  \
+    OrtStatus *status = (call);         \
+    if (status) return status;          \
+  } while (0)
+
+static OrtStatus *input(const OrtApi *api, OrtContext *context, size_t index, Tensor *out) {
+  const OrtValue *value;
+  OrtTensorInfo *info;
+  TRY(api->KernelContext_GetInput(context, index, &value));
+  TRY(api->GetTensorMutableData((OrtValue *)value, &out->data));
+  TRY(api->GetTensorTypeAndShape(value, &info));
+  OrtStatus *status = api->GetDimensionsCount(info, &out->rank);
+  if (!status && out->rank <= MAX_RANK) status = api->GetDimensions(info, out->dims, out->rank);
+  api->ReleaseTensorInfo(info);
+  return status;
+}
+
+static OrtStatus *output(const OrtApi *api, OrtContext *context, size_t index, const Tensor *like,
+                         void **data) {
+  OrtValue *value;
+  TRY(api->KernelContext_GetOutput(context, index, like->dims, like->rank, &value));
+  return api->GetTensorMutableData(value, data);
+}
+
+static OrtStatus *wrong(const OrtApi *api, const char *message) {
+  return api->CreateStatus(STATUS_INVALID_ARGUMENT, message);
+}
+
+static OrtStatus *compute_attention(void *state, OrtContext *context) {
+  const Kernel *kernel = state;
+  const OrtApi *api = kernel->api;
+  Tensor q, k, v, n;
+  TRY(input(api, context, 0, &q));
+  TRY(input(api, context, 1, &k));
+  TRY(input(api, context, 2, &v));
+  TRY(input(api, context, 3, &n));
+  if (k.rank != 4 || v.rank != 4 || memcmp(k.dims, v.dims, sizeof k.dims))
+    return wrong(api, "ClaAttention: key_cache and value_cache must both be [B, Hkv, C, D]");
+  if ((q.rank != 3 && q.rank != 4) || q.dims[0] != k.dims[0] || n.rank != 1 ||
+      n.dims[0] != k.dims[0])
+    return wrong(api, "ClaAttention: q must be [B, S, Hq * D] or [B, Hq, S, D], kv_lengths [B]");
+  int64_t dim = k.dims[3], kv_heads = k.dims[1];
+  int64_t q_heads = q.rank == 3 ? q.dims[2] / dim : q.dims[1];
+  int64_t queries = q.rank == 3 ? q.dims[1] : q.dims[2];
+  if (dim < LANES || dim > MAX_DIM || q_heads % kv_heads ||
+      (q.rank == 3 ? q.dims[2] % dim : q.dims[3] - dim))
+    return wrong(api, "ClaAttention: head dims 16 to 512, and q heads that divide among kv heads");
+  Call c = {
+      .q = q.data, .keys = k.data, .values = v.data, .lengths = n.data,
+      .batch = (int)k.dims[0], .q_heads = (int)q_heads, .kv_heads = (int)kv_heads,
+      .queries = (int)queries, .capacity = (int)k.dims[2], .dim = (int)dim,
+      .q_head = q.rank == 3 ? dim : queries * dim, .q_token = q.rank == 3 ? q_heads * dim : dim,
+      .scale = kernel->scale, .softcap = kernel->softcap, .window = kernel->window,
+      .group = (int)(q_heads / kv_heads),
+  };
+  TRY(output(api, context, 0, &q, (void **)&c.y));
+  for (int b = 0; b < c.batch; b++)
+    if (c.lengths[b] < 0 || c.lengths[b] > c.capacity)
+      return wrong(api, "ClaAttention: kv_lengths must be within 0 and the cache's capacity");
+  if (!c.batch || !c.queries) return NULL;
+  c.rows = c.group * c.queries;
+  c.stride = LANES;
+  if (c.queries == 1 && c.group <= LANES / 2)
+    for (c.stride = 1; c.stride < c.group;) c.stride *= 2;
+  c.width = (c.dim + LANES - 1) / LANES * LANES;
+  c.block_rows = (int)smaller_of(TILES * LANES, (c.rows + c.stride - 1) / c.stride * c.stride);
+  c.blocks = (c.rows + c.block_rows - 1) / c.block_rows;
+  c.ranges = (int)larger_of(1, RANGES / (c.blocks * c.kv_heads));
+  size_t units = (size_t)c.batch * c.kv_heads * c.blocks;
+  void *memory = NULL;
+  if (c.ranges > 1) {
+    size_t bytes = units * c.ranges * state_floats(&c) * sizeof(float);
+    memory = malloc(bytes + units * sizeof(int));
+    if (!memory) return api->CreateStatus(STATUS_FAIL, "ClaAttention: out of memory");
+    c.partial = memory;
+    c.finished = (int *)((char *)memory + bytes);
+    memset(c.finished, 0, units * sizeof(int));
+  }
+  OrtStatus *status =
+      api->KernelContext_ParallelFor(context, attend, units * c.ranges, 0, &c);
+  free(memory);
+  return status;
+}
+
+/* ---- linear --------------------------------------------------------------------------------- */
+
+typedef struct {
+  const float *w, *x; /* [n, k], [tokens, k] */
+  float *y;           /* [tokens, n] */
+  int tokens, n, k;
+  int task_rows, task_tokens, token_tasks; /* of a task, and tasks side by side */
+} Product;
+
+/* y[t][n] for LANES / S rows of w by S tokens over columns [from, to): what it was, plus that, if
+ * `from` is past the first. Rows and tokens beyond those there are repeat the last. */
+#define TILE(S)                                                                                    \
+  static void tile_##S(const Product *p, int row, int rows, int token, int tokens, int from,       \
+                       int to, const float *next) {                                                \
+    enum { ROWS = LANES / S };                                                                     \
+    const float *w[ROWS], *x[S];                                                                   \
+    for (int j = 0; j < ROWS; j++) w[j] = p->w + (size_t)(row + (j < rows ? j : rows - 1)) * p->k; \
+    for (int t = 0; t < S; t++)                                                                    \
+      x[t] = p->x + (size_t)(token + (t < tokens ? t : tokens - 1)) * p->k;                        \
+    vec sum[LANES];                                                                                \
+    for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);                                          \
+    int d = from;                                                                                  \
+    for (; d + LANES <= to; d += LANES) {                                                          \
+      vec queries[S];                                                                              \
+      for (int t = 0; t < S; t++) queries[t] = load(x[t] + d);                                     \
+      for (int j = 0; j < ROWS; j++) {                                                             \
+        vec weights = load(w[j] + d);                                                              \
+        if (next) __builtin_prefetch(next + (size_t)j * p->k + d, 0, 1);                           \
+        for (int t = 0; t < S; t++) sum[j * S + t] += weights * queries[t];                        \
+      }                                                                                            \
+    }                                                                                              \
+    float all[LANES] ALIGNED;                                                                      \
+    store(all, sum_each(sum));                                                                     \
+    for (int j = 0; j < rows; j++)                                                                 \
+      for (int t = 0; t < tokens; t++) {                                                           \
+        float *y = p->y + (size_t)(token + t) * p->n + row + j, more = all[j * S + t];             \
+        for (int i = d; i < to; i++) more += w[j][i] * x[t][i];                                    \
+        *y = from ? *y + more : more;                                                              \
+      }                                                                                            \
+  }
+TILE(1)
+TILE(2)
+TILE(4)
+
+/* Task `index`: some rows of w by some tokens. A tile's rows are fetched for the tile before. */
+static void multiply(void *data, size_t index) {
+  const Product *p = data;
+  int first = (int)(index / p->token_tasks) * p->task_rows;
+  int last = (int)smaller_of(p->n, first + p->task_rows);
+  int start = (int)(index % p->token_tasks) * p->task_tokens;
+  int stop = (int)smaller_of(p->tokens, start + p->task_tokens);
+  int some = stop - start == 1 ? 1 : stop - start == 2 ? 2 : 4; /* tokens of a tile */
+  int tile_rows = LANES / some, columns = some == 4 ? COLUMNS : p->k;
+  for (int from = 0; from < p->k; from += columns) {
+    int to = (int)smaller_of(p->k, from + columns);
+    for (int row = first; row < last; row += tile_rows) {
+      int rows = (int)smaller_of(tile_rows, last - row);
+      for (int token = start; token < stop; token += some) {
+        const float *next = token == start ? p->w + (size_t)(row + tile_rows) * p->k : NULL;
+        int tokens = (int)smaller_of(some, stop - token);
+        if (some == 1) tile_1(p, row, rows, token, tokens, from, to, next);
+        if (some == 2) tile_2(p, row, rows, token, tokens, from, to, next);
+        if (some == 4) tile_4(p, row, rows, token, tokens, from, to, next);
+      }
+    }
+  }
+}
+
+/* y [..., N] = x [..., K] w [N, K] transposed. */
+static OrtStatus *compute_linear(void *state, OrtContext *context) {
+  const OrtApi *api = ((const Kernel *)state)->api;
+  Tensor x, w;
+  TRY(input(api, context, 0, &x));
+  TRY(input(api, context, 1, &w));
+  if (x.rank < 1 || x.rank > MAX_RANK || w.rank != 2 || x.dims[x.rank - 1] != w.dims[1])
+    return wrong(api, "ClaLinear: expected x [..., K] and a weight [N, K]");
+  Product p = {.w = w.data, .n = (int)w.dims[0], .k = (int)w.dims[1], .x = x.data, .tokens = 1};
+  for (size_t i = 0; i + 1 < x.rank; i++) p.tokens *= (int)x.dims[i];
+  x.dims[x.rank - 1] = p.n;
+  TRY(output(api, context, 0, &x, (void **)&p.y));
+  if (!p.tokens || !p.n) return NULL;
+  p.task_rows = (int)smaller_of(128, larger_of(16, p.n / 32 / 16 * 16));
+  p.task_tokens = (int)smaller_of(p.tokens, TOKENS);
+  p.token_tasks = (p.tokens + p.task_tokens - 1) / p.task_tokens;
+  size_t tasks = (size_t)((p.n + p.task_rows - 1) / p.task_rows) * p.token_tasks;
+  return api->KernelContext_ParallelFor(context, multiply, tasks, 0, &p);
+}
+
+/* ---- append --------------------------------------------------------------------------------- */
+
+/* present = past with each row's new tokens [B, S, Hkv * D] put at write_indices[b]: nothing else is
+ * copied where past and present are the same memory. */
+static OrtStatus *compute_append(void *state, OrtContext *context) {
+  const OrtApi *api = ((const Kernel *)state)->api;
+  Tensor past[2], fresh[2], at;
+  for (int i = 0; i < 2; i++) TRY(input(api, context, i, &past[i]));
+  for (int i = 0; i < 2; i++) TRY(input(api, context, 2 + i, &fresh[i]));
+  TRY(input(api, context, 4, &at));
+  int64_t batch = past[0].dims[0], heads = past[0].dims[1], capacity = past[0].dims[2];
+  int64_t dim = past[0].dims[3], tokens = fresh[0].dims[1];
+  if (past[0].rank != 4 || memcmp(past[0].dims, past[1].dims, sizeof past[0].dims) ||
+      fresh[0].rank != 3 || memcmp(fresh[0].dims, fresh[1].dims, 3 * sizeof(int64_t)) ||
+      fresh[0].dims[0] != batch || fresh[0].dims[2] != heads * dim || at.rank != 1 ||
+      at.dims[0] != batch)
+    return wrong(api, "ClaAppend: expected caches [B, Hkv, C, D], tokens [B, S, Hkv * D], starts [B]");
+  const int64_t *starts = at.data;
+  for (int64_t b = 0; b < batch; b++)
+    if (starts[b] < 0 || starts[b] + tokens > capacity)
+      return wrong(api, "ClaAppend: new tokens do not fit into the cache");
+  for (int i = 0; i < 2; i++) {
+    float *to;
+    TRY(output(api, context, i, &past[i], (void **)&to));
+    if (to != past[i].data)
+      memcpy(to, past[i].data, (size_t)(batch * heads * capacity * dim) * sizeof(float));
+    const float *from = fresh[i].data;
+    for (int64_t b = 0; b < batch; b++)
+      for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++, from += dim)
+          memcpy(to + ((b * heads + h) * capacity + starts[b] + t) * dim, from, dim * sizeof(float));
+  }
+  return NULL;
+}
+
+static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info,
+                         void **out);
+
+static const char *name_attention(const OrtCustomOp *op) { return (void)op, "ClaAttention"; }
+static const char *name_linear(const OrtCustomOp *op) { return (void)op, "ClaLinear"; }
+static const char *name_append(const OrtCustomOp *op) { return (void)op, "ClaAppend"; }
+static const char *provider(const OrtCustomOp *op) { return (void)op, "CPUExecutionProvider"; }
+static int attention_input(const OrtCustomOp *op, size_t i) {
+  return (void)op, i == 3 ? ELEMENT_INT32 : ELEMENT_FLOAT;
+}
+static int append_input(const OrtCustomOp *op, size_t i) {
+  return (void)op, i == 4 ? ELEMENT_INT64 : ELEMENT_FLOAT;
+}
+static int linear_input(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ELEMENT_FLOAT; }
+static int float_output(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ELEMENT_FLOAT; }
+static size_t one(const OrtCustomOp *op) { return (void)op, 1; }
+static size_t two(const OrtCustomOp *op) { return (void)op, 2; }
+static size_t four(const OrtCustomOp *op) { return (void)op, 4; }
+static size_t five(const OrtCustomOp *op) { return (void)op, 5; }
+static int required(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, REQUIRED; }
+static int memory_default(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, MEMORY_DEFAULT; }
+static int version_one(const OrtCustomOp *op) { return (void)op, 1; }
+static void destroy(void *kernel) { free(kernel); }
+
+#define OPERATOR(name, inputs, outputs, input_type, compute)                                       \
+  {                                                                                                \
+      .version = API_VERSION, .GetName = name, .GetExecutionProviderType = provider,               \
+      .GetInputType = input_type, .GetInputTypeCount = inputs, .GetOutputType = float_output,      \
+      .GetOutputTypeCount = outputs, .KernelDestroy = destroy,                                     \
+      .GetInputCharacteristic = required, .GetOutputCharacteristic = required,                     \
+      .GetInputMemoryType = memory_default, .CreateKernelV2 = create, .KernelComputeV2 = compute,  \
+      .GetStartVersion = version_one, .GetEndVersion = version_one,                                \
+  }
+static const OrtCustomOp attention = OPERATOR(name_attention, four, one, attention_input, compute_attention);
+static const OrtCustomOp append = OPERATOR(name_append, five, two, append_input, compute_append);
+static const OrtCustomOp linear = OPERATOR(name_linear, two, one, linear_input, compute_linear);
+
+static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info,
+                         void **out) {
+  Kernel kernel = {.api = api};
+  if (op == &attention) {
+    TRY(api->KernelInfoGetAttribute_float(info, "scale", &kernel.scale));
+    TRY(api->KernelInfoGetAttribute_float(info, "softcap", &kernel.softcap));
+    TRY(api->KernelInfoGetAttribute_int64(info, "window", &kernel.window));
+  }
+  Kernel *made = malloc(sizeof kernel);
+  if (!made) return api->CreateStatus(STATUS_FAIL, "out of memory");
+  *made = kernel;
+  *out = made;
+  return NULL;
+}
+
+/* What ONNX Runtime calls when it loads this library. */
+__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtOptions *options,
+                                                                     const OrtApiBase *base) {
+  const OrtApi *api = base->GetApi(API_VERSION);
+  OrtDomain *domain;
+  if (!api) return NULL; /* older than 1.17: the session then says that it has no ClaAttention */
+  TRY(api->CreateCustomOpDomain("cla", &domain));
+  TRY(api->CustomOpDomain_Add(domain, &attention));
+  TRY(api->CustomOpDomain_Add(domain, &append));
+  TRY(api->CustomOpDomain_Add(domain, &linear));
+  return api->AddCustomOpDomain(options, domain);
+}
