@@ -122,6 +122,10 @@ class Bundle:
         for (operator, reason), indices in chosen.items():
             which = "all groups" if len(chosen) == 1 else f"groups {', '.join(indices)}"
             lines.append(f"{which}: {operator} ({reason})")
+        on_cpu = [group.get("cpu_attention") == "ClaAttention" for group in groups]
+        if any(on_cpu):
+            which = "all groups" if all(on_cpu) else "groups that it takes"
+            lines.append(f"{which}, on a CPU ({CPU_GRAPH}): ClaAttention (reads a key once)")
         return lines
 
     def config(self) -> dict[str, object]:

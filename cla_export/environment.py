@@ -19,6 +19,7 @@ from typing import Literal
 import cla_export
 from cla_export.engines.rtx_wheel import rtx_library, rtx_link
 from cla_export.errors import MissingEnvironment
+from cla_export.plugin import compile_cpu
 
 State = Literal["ready", "builds only", "missing", "broken"]
 ME = "cla-export"
@@ -107,6 +108,8 @@ class Diagnosis:
     gpus: tuple[Gpu, ...]
     gpu_note: str  # why there are none; empty if there are
     targets: tuple[Target, ...]
+    fast_cpu: bool  # whether our own operators for CPUs can be compiled here
+    fast_cpu_note: str  # by what, or why not
 
     @property
     def ok(self) -> bool:
@@ -126,6 +129,7 @@ def doctor() -> Diagnosis:
     by_name = {package.name: package for package in packages}
     gpus, gpu_note = nvidia_gpus()
     providers = _providers(by_name)
+    fast_cpu, fast_cpu_note = _fast_cpu()
     return Diagnosis(
         version=cla_export.__version__,
         installed=bool(ranges),
@@ -140,7 +144,18 @@ def doctor() -> Diagnosis:
         gpus=gpus,
         gpu_note=gpu_note,
         targets=_targets(by_name, providers, gpus, gpu_note),
+        fast_cpu=fast_cpu,
+        fast_cpu_note=fast_cpu_note,
     )
+
+
+def _fast_cpu() -> tuple[bool, str]:
+    try:
+        command = compile_cpu.compiler()
+        compile_cpu.library()
+    except MissingEnvironment as error:
+        return False, str(error)
+    return True, f"compiled with {' '.join(command)}"
 
 
 def in_range(version: str, wanted: str) -> bool:

@@ -110,17 +110,19 @@ def export(
         for_cpu = None
         if target == "onnxruntime" and dtype == "fp32":
             for_cpu = lower(CPU, canonical.model, spec.layout)
+            if "ClaAttention" not in for_cpu.attention:
+                for_cpu = None
         for made in (lowered, for_cpu):
             if quantization is not None and made is not None:
                 quantize_weights(made.model, quantization)
         progress("write", 4, steps)
         weights.attach(lowered.model, checkpoint, family.constants(spec), quantization)
         _write_graph(lowered.model, folder, progress)
-        if for_cpu is not None and "ClaAttention" in for_cpu.attention:
+        if for_cpu is not None:
             read_weights_in_place(for_cpu.model)
             _write_companion(for_cpu.model, folder)
         _copy_files(checkpoint, folder, target)
-        manifest = _manifest(checkpoint, lowered, DTYPES[dtype], quantization)
+        manifest = _manifest(checkpoint, lowered, for_cpu, DTYPES[dtype], quantization)
         write_manifest(folder, manifest, progress)
         progress("write", 5, steps)
     return open_bundle(dest, verify=False)
@@ -179,7 +181,11 @@ def _copy_files(checkpoint: Checkpoint, folder: Path, target: str) -> None:
 
 
 def _manifest(
-    checkpoint: Checkpoint, lowered: "Lowered", dtype: str, quantization: Quantization | None
+    checkpoint: Checkpoint,
+    lowered: "Lowered",
+    for_cpu: "Lowered | None",
+    dtype: str,
+    quantization: Quantization | None,
 ) -> dict[str, object]:
     spec = checkpoint.spec
     graph = lowered.model.graph
@@ -201,6 +207,7 @@ def _manifest(
                 "window": group.window,
                 "attention": lowered.attention[group.index],
                 "reason": lowered.reasons[group.index],
+                **({} if for_cpu is None else {"cpu_attention": for_cpu.attention[group.index]}),
             }
             for group in spec.layout.groups
         ],

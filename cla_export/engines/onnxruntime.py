@@ -4,6 +4,7 @@ A bundle for CPUs has two graphs over one set of weights. The one with our own a
 runs wherever that can be compiled; the stock one, with ONNX Runtime's own operators, elsewhere.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cla_export.bundle import Bundle
+from cla_export.bundle import GRAPH, Bundle
 from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
 from cla_export.errors import BadInput, MissingEnvironment, RunError
 from cla_export.plugin import compile_cpu
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     Change = Callable[[ir.Model], object]
 
 _NUMPY = {"float32": np.float32, "float16": np.float16}
+_log = logging.getLogger(__name__)
 _QUIET = 3  # log errors only; ONNX Runtime warns about overridable initialisers, which we use
 
 
@@ -162,7 +164,8 @@ def graph_of(bundle: Bundle, *, stock: bool = False) -> tuple[Path, Path | None]
         return bundle.graph, None
     try:
         return bundle.cpu_graph, compile_cpu.library()
-    except MissingEnvironment:
+    except MissingEnvironment as error:
+        _log.warning("%s runs in place of %s: %s", GRAPH, bundle.cpu_graph.name, error)
         return bundle.graph, None
 
 

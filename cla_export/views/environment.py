@@ -35,6 +35,9 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
     console.print(table)
     if diagnosis.providers:
         line(f"ONNX Runtime was built with {', '.join(diagnosis.providers)}")
+    line(
+        f"fast attention on CPUs: {diagnosis.fast_cpu_note}", "" if diagnosis.fast_cpu else "yellow"
+    )
     line()
     for target in diagnosis.targets:
         line(f"{target.name}: {target.state}", _STYLES[target.state])

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cla_export import environment
 from cla_export.environment import Diagnosis, doctor, in_range
+from cla_export.plugin import compile_cpu
 from cla_export.views.environment import render
 
 
@@ -197,6 +198,17 @@ def test_two_onnxruntimes_at_once(machine: Path) -> None:
     assert any("both installed and overwrite each other" in need for need in gpu.needs)
     assert gpu.install is not None
     assert gpu.install.startswith("pip uninstall -y onnxruntime onnxruntime-gpu && pip install")
+
+
+def test_fast_attention_on_cpus(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor()
+    assert not found.fast_cpu, "a machine with nothing has no compiler"
+    assert found.fast_cpu_note.startswith("no C compiler")
+    assert found.to_json()["fast_cpu"] is False
+    monkeypatch.setenv("CC", "false")
+    compile_cpu.library.cache_clear()
+    assert "false" in doctor().fast_cpu_note
+    compile_cpu.library.cache_clear()
 
 
 @pytest.mark.parametrize(
