@@ -4,13 +4,14 @@ The functions here are the command line's commands, and load PyTorch, ONNX Runti
 when called:
 
     inspect(path)  export(source, dest)  parity(bundle)  build(bundle)  load(bundle)
-    plan(source, ...)  doctor()
+    plan(source, ...)  bench(bundle)  doctor()
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cla_export.benchmark import Bench
     from cla_export.bundle import Bundle
     from cla_export.compare.report import ParityReport
     from cla_export.engines.tensorrt_build import Built
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
     from cla_export.planning import Plan
 
 __version__ = "0.1.0"
-__all__ = ["build", "demo_checkpoint", "doctor", "export", "inspect", "load", "parity", "plan"]
+__all__ = [
+    "bench",
+    "build",
+    "demo_checkpoint",
+    "doctor",
+    "export",
+    "inspect",
+    "load",
+    "parity",
+    "plan",
+]
 
 # Each forwards to the module that does the work, and documents the options there.
 # ruff: noqa: ANN401
@@ -68,6 +79,13 @@ def plan(source: Path | str, **options: Any) -> "Plan":
     from cla_export import planning
 
     return planning.plan(source, **options)
+
+
+def bench(bundle: "Bundle | Path | str", **options: Any) -> "Bench":
+    """How fast a bundle decodes and reads prompts. See `benchmark.bench`."""
+    from cla_export import benchmark
+
+    return benchmark.bench(bundle, **options)
 
 
 def doctor() -> "Diagnosis":

@@ -5,10 +5,12 @@ Results go to standard output (as JSON with --json), everything else to standard
 """
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 import cla_export
-from cla_export.errors import CheckFailed, ClaExportError
+from cla_export.errors import BadInput, CheckFailed, ClaExportError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -361,6 +363,81 @@ def plan(
     _show(found.to_json()) if as_json else planning_view.render(found, _console())
 
 
+@app.command(epilog="Example: cla-export bench my-bundle --batch 1,8 --context 512,2048")
+def bench(
+    bundle: BundleFolder,
+    batch: Annotated[str, typer.Option(help="Rows side by side, in decode.")] = "1,8",
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens that each row holds before it decodes; 512,8192 where the model allows."
+        ),
+    ] = None,
+    phase: Annotated[str, typer.Option(help="What to measure.")] = "decode,prefill",
+    steps: Annotated[int, typer.Option(help="Decode steps to time.")] = 16,
+    prompt: Annotated[int, typer.Option(help="Tokens that prefill reads.")] = 512,
+    backend: Annotated[
+        Backend | None,
+        typer.Option(help="What runs it; by default what the bundle was exported for."),
+    ] = None,
+    engine: EngineFolder = None,
+    threads: Threads = None,
+    output: Annotated[Path | None, typer.Option(help="File for the result, as JSON.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="File for the table.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw decode steps by context: .png or .svg.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="An earlier run's JSON: fail on what was faster then.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time decode steps and prefill, beside the time that memory needs to deliver what they read.
+
+    Batches, contexts and phases are lists with commas. Exit 1 if something was faster in the run
+    that --compare names.
+    """
+    from cla_export import benchmark
+    from cla_export.bundle import write_json
+    from cla_export.views import benchmark as benchmark_view
+
+    batches = _numbers("--batch", batch)
+    contexts = None if context is None else _numbers("--context", context)
+    old = None if compare is None else benchmark.read_bench(compare)
+    for file in (output, markdown, plot):
+        if file is not None and not file.parent.is_dir():
+            raise BadInput(f"{file}: there is no folder {file.parent}; make it first")
+    if plot is not None:
+        benchmark_view.check_plot(plot)
+    with _progress() as progress:
+        found = cla_export.bench(
+            bundle,
+            batches=batches,
+            contexts=contexts,
+            phases=phase.split(","),
+            steps=steps,
+            prompt=prompt,
+            backend=None if backend is None else backend.value,
+            engine=engine,
+            threads=threads,
+            progress=progress,
+        )
+    found = replace(found, command=shlex.join(["cla-export", *sys.argv[1:]]))
+    _show(found.to_json()) if as_json else benchmark_view.render(found, _console())
+    if output is not None:
+        write_json(output, found.to_json())
+    if markdown is not None:
+        markdown.write_text(benchmark_view.markdown(found), encoding="utf-8")
+    if plot is not None:
+        benchmark_view.plot(found, plot)
+    if old is not None:
+        compared = benchmark.compare(found, old)
+        for note in compared.notes:
+            _console(stderr=True).print(f"note: {_escape(note)}", highlight=False)
+        if compared.regressions:
+            raise CheckFailed(f"slower than {compare}\n" + "\n".join(compared.regressions))
+
+
 @app.command()
 def doctor(
     fix: Annotated[
@@ -393,6 +470,16 @@ def demo(
     parity(dest)
     _announce(f'generate {dest} "{prompt}" -n 96 --temperature 0.7 --seed 3')
     generate(dest, prompt, tokens=96, temperature=0.7, seed=3)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Whole numbers of a list such as `1,8`."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise BadInput(
+            f"{option} is {text!r}; expected whole numbers with commas between, such as 1,8"
+        ) from error
 
 
 def _announce(command: str) -> None:

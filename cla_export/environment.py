@@ -252,6 +252,14 @@ def _loads(package: Package) -> bool:
     return package.version is not None and package.error is None
 
 
+def processor() -> str:
+    """The processor's name as Linux gives it, which `platform.processor` leaves out."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
 def _cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from cla_export.compare.gate import processor
+from cla_export.environment import processor
 from cla_export.layout import uniform
 from cla_export.models import cla
 from cla_export.models.checkpoint import save_checkpoint

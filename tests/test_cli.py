@@ -106,6 +106,32 @@ def test_parity_breach_exits_1_and_names_the_place(bundle, tmp_path):
     assert "FAILED" in (tmp_path / "report" / "parity.md").read_text()
 
 
+def test_bench_prints_json_and_writes_files(bundle, tmp_path):
+    few = ("--batch", "1,2", "--context", "16", "--steps", 2, "--prompt", 32, "--threads", 1)
+    files = [tmp_path / f"bench.{kind}" for kind in ("json", "md", "svg")]
+    written = ("--output", files[0], "--markdown", files[1], "--plot", files[2])
+    done = run("bench", bundle, *few, *written, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["batch"] for row in found["rows"]] == [1, 2, 1]
+    assert found["command"].startswith("cla-export bench ")
+    assert json.loads(files[0].read_text()) == found
+    assert all(file.stat().st_size > 200 for file in files)
+
+    for row in found["rows"]:
+        row |= {"ms_per_step": 1e-6, "ms_p10": 1e-6, "ms_p90": 1e-6}
+    files[0].write_text(json.dumps({**found, "graph": "another.onnx"}))
+    slower = run("bench", bundle, *few, "--phase", "decode", "--compare", files[0])
+    assert slower.returncode == 1
+    lines = slower.stderr.splitlines()
+    assert "was 'another.onnx' then" in lines[0]
+    assert [line.partition(":")[0] for line in lines[2:]] == [
+        "decode, batch 1, context 16",
+        "decode, batch 2, context 16",
+        "prefill, batch 1, context 32",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -117,6 +143,10 @@ def test_parity_breach_exits_1_and_names_the_place(bundle, tmp_path):
         (["generate", "nowhere", "hi"], "bundle.json"),
         (["plan", str(DEMO), "--memory", "16 elephants", "--context", "8"], "memory size"),
         (["export", str(DEMO), "out", "--target", "elsewhere"], "elsewhere"),
+        (["bench", str(DEMO)], "a model folder; expected a folder with bundle.json"),
+        (["bench", str(DEMO), "--batch", "1,x"], "--batch is '1,x'; expected whole numbers"),
+        (["bench", str(DEMO), "--output", "no/bench.json"], "there is no folder no"),
+        (["bench", str(DEMO), "--plot", "bench.txt"], "plots are written as"),
     ],
 )
 def test_bad_input_exits_2_without_a_traceback(arguments, word, tmp_path):

@@ -40,6 +40,7 @@ from cla_export.engines.executor import Executor
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor, graph_of
 from cla_export.engines.opening import backend_of, open_executor
 from cla_export.engines.tensorrt_build import FLAVOURS
+from cla_export.environment import processor
 from cla_export.errors import BadInput, BundleError, RunError
 from cla_export.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from cla_export.models.cla import ClaDecoder
@@ -405,11 +406,3 @@ def _machine(threads: int | None) -> dict[str, str]:
         "processor": processor(),
         "threads": "the runtime's choice" if threads is None else str(threads),
     }
-
-
-def processor() -> str:
-    """The model name that Linux gives, which `platform.processor` leaves out."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
