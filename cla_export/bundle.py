@@ -2,6 +2,8 @@
 
     model.onnx  model.onnx.data       the graph and its weights
     model.cpu.onnx                    a graph for CPUs over the same weights (onnxruntime, float32)
+    model.cuda.onnx                   one for NVIDIA GPUs (onnxruntime, float16 and bfloat16)
+    model.cuda.plugin.onnx            the same with our own operators
     config.json, generation_config.json, tokenizer files, chat_template.jinja: the model's own
     genai_config.json                 what onnxruntime-genai reads (onnxruntime target)
     bundle.json                       ours: KV layout, groups, limits, tool versions, sha256 of all
@@ -31,6 +33,8 @@ BUILD_RECORD = "build.json"  # of an engine's folder
 _KINDS = {MANIFEST: "a bundle", BUILD_RECORD: "an engine"}
 GRAPH = "model.onnx"
 CPU_GRAPH = "model.cpu.onnx"
+CUDA_GRAPH = "model.cuda.onnx"
+CUDA_PLUGIN_GRAPH = "model.cuda.plugin.onnx"
 WEIGHTS = "model.onnx.data"
 COPIED = (  # from the model folder, where it has them
     "config.json",
@@ -99,6 +103,18 @@ class Bundle:
     def cpu_graph(self) -> Path | None:
         """The graph with our own attention operator, if the bundle has one."""
         path = self.folder / CPU_GRAPH
+        return path if path.is_file() else None
+
+    @property
+    def cuda_graph(self) -> Path | None:
+        """The graph for NVIDIA GPUs, if the bundle has one."""
+        path = self.folder / CUDA_GRAPH
+        return path if path.is_file() else None
+
+    @property
+    def cuda_plugin_graph(self) -> Path | None:
+        """The graph for NVIDIA GPUs with our own operators, if the bundle has one."""
+        path = self.folder / CUDA_PLUGIN_GRAPH
         return path if path.is_file() else None
 
     def special_tokens(self) -> list[int]:

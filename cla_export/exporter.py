@@ -10,6 +10,8 @@ from cla_export import __version__
 from cla_export.bundle import (
     COPIED,
     CPU_GRAPH,
+    CUDA_GRAPH,
+    CUDA_PLUGIN_GRAPH,
     GRAPH,
     WEIGHTS,
     Bundle,
@@ -22,6 +24,7 @@ from cla_export.bundle import (
 )
 from cla_export.errors import BadInput
 from cla_export.genai import genai_config
+from cla_export.layout import KVLayout
 from cla_export.lower import check_target
 from cla_export.models.checkpoint import Checkpoint, open_checkpoint
 from cla_export.quantization import Quantization
@@ -33,6 +36,11 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ATTENTION = ("auto", "native", "plugin")
+_ATTENTION_KEYS = {  # of each group
+    CPU_GRAPH: "cpu_attention",
+    CUDA_GRAPH: "cuda_attention",
+    CUDA_PLUGIN_GRAPH: "cuda_plugin_attention",
+}
 _SMALL = 1024  # bytes; smaller constants stay inside model.onnx
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
@@ -75,8 +83,7 @@ def export(
     import torch
 
     from cla_export import weights
-    from cla_export.lower import CPU, lower
-    from cla_export.lower.linears import read_weights_in_place
+    from cla_export.lower import lower
     from cla_export.lower.quantize_weights import quantize_weights
     from cla_export.models import family_of
     from cla_export.rewrite import rewrite
@@ -107,22 +114,17 @@ def export(
         canonical = rewrite(stateless, spec.layout)
         progress("lower", 3, steps)
         lowered = lower(target, canonical.model, spec.layout, **options)
-        for_cpu = None
-        if target == "onnxruntime" and dtype == "fp32":
-            for_cpu = lower(CPU, canonical.model, spec.layout)
-            if "ClaAttention" not in for_cpu.attention:
-                for_cpu = None
-        for made in (lowered, for_cpu):
-            if quantization is not None and made is not None:
+        companions = _companions(target, dtype, canonical.model, spec.layout, quantization)
+        if quantization is not None:
+            for made in (lowered, *companions.values()):
                 quantize_weights(made.model, quantization)
         progress("write", 4, steps)
         weights.attach(lowered.model, checkpoint, family.constants(spec), quantization)
         _write_graph(lowered.model, folder, progress)
-        if for_cpu is not None:
-            read_weights_in_place(for_cpu.model)
-            _write_companion(for_cpu.model, folder)
+        for name, made in companions.items():
+            _write_companion(made.model, folder, name)
         _copy_files(checkpoint, folder, target)
-        manifest = _manifest(checkpoint, lowered, for_cpu, DTYPES[dtype], quantization)
+        manifest = _manifest(checkpoint, lowered, companions, DTYPES[dtype], quantization)
         write_manifest(folder, manifest, progress)
         progress("write", 5, steps)
     return open_bundle(dest, verify=False)
@@ -157,15 +159,43 @@ def _write_graph(model: "ir.Model", folder: Path, progress: Progress) -> None:
     )
 
 
-def _write_companion(model: "ir.Model", folder: Path) -> None:
+def _companions(
+    target: str,
+    dtype: str,
+    canonical: "ir.Model",
+    layout: KVLayout,
+    quantization: Quantization | None,
+) -> "dict[str, Lowered]":
+    """The other graphs that a bundle has over its weights, by the names of their files."""
+    from cla_export.lower import CPU, CUDA, CUDA_PLUGIN, lower
+
+    if target != "onnxruntime":
+        return {}
+    if dtype != "fp32":
+        for_cuda = {CUDA_GRAPH: lower(CUDA, canonical, layout)}
+        if quantization is None:  # our products read weights as they are
+            for_cuda[CUDA_PLUGIN_GRAPH] = lower(CUDA_PLUGIN, canonical, layout)
+        return for_cuda
+    for_cpu = lower(CPU, canonical, layout)
+    return {CPU_GRAPH: for_cpu} if "ClaAttention" in for_cpu.attention else {}
+
+
+def _write_companion(model: "ir.Model", folder: Path, name: str) -> None:
     """Write a graph whose weights are those that the bundle's own graph has on disk already."""
     import onnx_ir as ir
 
+    from cla_export.lower.fuse_products import fuse_products
+    from cla_export.lower.linears import read_weights_in_place
+
+    if name == CPU_GRAPH:
+        read_weights_in_place(model)
+    elif name == CUDA_GRAPH:
+        fuse_products(model)
     written = ir.load(folder / GRAPH).graph.initializers
-    for name, value in model.graph.initializers.items():
+    for weight, value in model.graph.initializers.items():
         if value.const_value is None:
-            value.const_value = written[name].const_value
-    ir.save(model, folder / CPU_GRAPH)
+            value.const_value = written[weight].const_value
+    ir.save(model, folder / name)
 
 
 def _copy_files(checkpoint: Checkpoint, folder: Path, target: str) -> None:
@@ -183,7 +213,7 @@ def _copy_files(checkpoint: Checkpoint, folder: Path, target: str) -> None:
 def _manifest(
     checkpoint: Checkpoint,
     lowered: "Lowered",
-    for_cpu: "Lowered | None",
+    companions: "dict[str, Lowered]",
     dtype: str,
     quantization: Quantization | None,
 ) -> dict[str, object]:
@@ -207,7 +237,10 @@ def _manifest(
                 "window": group.window,
                 "attention": lowered.attention[group.index],
                 "reason": lowered.reasons[group.index],
-                **({} if for_cpu is None else {"cpu_attention": for_cpu.attention[group.index]}),
+                **{
+                    _ATTENTION_KEYS[name]: made.attention[group.index]
+                    for name, made in companions.items()
+                },
             }
             for group in spec.layout.groups
         ],

@@ -21,6 +21,8 @@ _ATTENTION = {
     ("GroupQueryAttention", "com.microsoft"),
     ("TRT_Attention", "trt"),
     ("ClaAttention", "cla"),
+    ("ClaAttention", "cla.float16"),
+    ("ClaAttention", "cla.bfloat16"),
 }
 _WRITERS = ("TensorScatter", "TRT_KVCacheUpdate")  # past cache, update, where
 
@@ -132,6 +134,8 @@ def _cache_input(present: "ir.Value | None") -> "ir.Value | None":
         return node.inputs[0]
     if node.op_type == "ClaAppend":  # both caches at once
         return node.inputs[index]
+    if node.op_type == "ClaRotateAppend" and index in (1, 2):  # q, then both caches
+        return node.inputs[3 + index]
     if node.op_type in _PAST_SLOT and index in (1, 2):
         return _input(node, _PAST_SLOT[node.op_type] + index - 1)
     return None

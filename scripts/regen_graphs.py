@@ -18,13 +18,17 @@ from pathlib import Path
 from pass_examples import after, normalised
 
 from cla_export.graph_text import to_text
-from cla_export.lower import CPU, lower
+from cla_export.lower import CPU, CUDA, lower
+from cla_export.lower.fuse_products import fuse_products
 from cla_export.lower.linears import read_weights_in_place
 from cla_export.models import family_of
 from cla_export.rewrite import rewrite
 
 GRAPHS = Path(__file__).resolve().parents[1] / "graphs"
-TARGETS = {"float32": ("onnxruntime", CPU), "float16": ("tensorrt",)}  # by what they are traced in
+TARGETS = {  # by what they are traced in
+    "float32": ("onnxruntime", CPU),
+    "float16": (CUDA, "tensorrt"),
+}
 STAGES = ("canonical", *(target for targets in TARGETS.values() for target in targets))
 DIFF_LINES = 40  # of each file
 
@@ -92,6 +96,8 @@ def layout_goldens(name: str, config: dict[str, object]) -> dict[str, str]:
                 if "ClaAttention" not in lowered.attention:
                     continue  # its head dim is too small, and a bundle has no such graph
                 read_weights_in_place(lowered.model)
+            elif target == CUDA:
+                fuse_products(lowered.model)
             groups = [
                 f"group {index}: {operator} ({why})"
                 for index, (operator, why) in enumerate(

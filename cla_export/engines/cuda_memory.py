@@ -33,6 +33,9 @@ class Memory(Protocol):
     def download(self, address: int, array: NDArray[np.generic]) -> None:
         """Fill a contiguous array from an address, after all work before it."""
 
+    def copy(self, source: int, target: int, size: int) -> None:
+        """Queue a copy from one place on the device to another."""
+
     def capture(self, work: Work) -> Work:
         """What queues that work again as one launch: addresses and shapes are as they were."""
 
@@ -52,7 +55,7 @@ class CudaMemory:
             self._device.set_current()
         except ImportError as error:
             raise MissingEnvironment(
-                f"a TensorRT engine runs through cuda-core: {error}; "
+                f"executors on a GPU go through cuda-core: {error}; "
                 "pip install cuda-core cuda-bindings"
             ) from error
         except Exception as error:  # cuda-core's own, for a missing driver and a missing GPU alike
@@ -93,6 +96,9 @@ class CudaMemory:
         self._part(address, array.nbytes).copy_to(staged, stream=self._stream)
         self._stream.sync()
         _bytes(array)[:] = host[: array.nbytes]
+
+    def copy(self, source: int, target: int, size: int) -> None:
+        self._part(source, size).copy_to(self._part(target, size), stream=self._stream)
 
     def capture(self, work: Work) -> Work:
         builder = self._stream.create_graph_builder().begin_building("relaxed")

@@ -68,15 +68,16 @@ class PooledExecutor(ABC):
         return self._step(first, rows, [0] * len(rows), 1)[:, 0]
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
-        if not len(slots) == len(tokens) == len(lengths):
-            raise BadInput(
-                f"{len(slots)} slots, {len(tokens)} tokens and {len(lengths)} lengths; expected as "
-                "many of each"
-            )
-        first = slots[0] if slots else 0
-        if list(slots) != list(range(first, first + len(slots))):
-            raise BadInput(f"slots are {list(slots)}; a step runs on consecutive slots")
+        first = _consecutive(slots, tokens, lengths)
         return self._step(first, [[token] for token in tokens], lengths, 1)[:, 0]
+
+    def _check_decode(
+        self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]
+    ) -> int:
+        """Raise BadInput for a decode that cannot be; returns its first slot."""
+        first = _consecutive(slots, tokens, lengths)
+        self._check_rows(first, [[token] for token in tokens], lengths)
+        return first
 
     def _step(
         self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int], keep: int
@@ -128,3 +129,16 @@ class PooledExecutor(ABC):
     @abstractmethod
     def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
         """As `Executor.write`."""
+
+
+def _consecutive(slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> int:
+    """The first of some slots in a row, as many as there are tokens and lengths."""
+    if not len(slots) == len(tokens) == len(lengths):
+        raise BadInput(
+            f"{len(slots)} slots, {len(tokens)} tokens and {len(lengths)} lengths; expected as "
+            "many of each"
+        )
+    first = slots[0] if slots else 0
+    if list(slots) != list(range(first, first + len(slots))):
+        raise BadInput(f"slots are {list(slots)}; a step runs on consecutive slots")
+    return first

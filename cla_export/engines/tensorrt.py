@@ -16,7 +16,6 @@ TensorRT's rules that this file keeps (developer guide, "CUDA Graphs" and "Dynam
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from cla_export.bundle import Bundle
 from cla_export.engines.cuda_memory import Work
+from cla_export.engines.device_pools import DevicePools, Inputs
 from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
 from cla_export.engines.tensorrt_build import Built, find_engine, open_engine
 from cla_export.engines.tensorrt_runtime import Loaded, load_engine
@@ -87,17 +87,17 @@ class TensorRTExecutor(PooledExecutor):
         self._names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._dtypes = {name: self._dtype(name) for name in self._names}
         self._check_aliases()
-        self._pools: dict[str, _Pool] = {}
-        for group in self.layout.groups:
-            for part in ("key", "value"):
-                shape = (group.kv_heads, self.capacity, group.head_dim)
-                dtype = np.dtype(self._dtypes[f"past_key_values.{group.index}.{part}"])
-                size = int(np.prod(shape)) * dtype.itemsize
-                address = self._memory.allocate(size * self.slots)
-                self._pools[f"{group.index}.{part}"] = _Pool(address, shape, size, dtype)
+        caches = [f"{group.index}.{p}" for group in self.layout.groups for p in ("key", "value")]
+        self._pools = DevicePools(
+            self._memory,
+            self.layout,
+            self.capacity,
+            self.slots,
+            {name: self._dtypes[f"past_key_values.{name}"] for name in caches},
+        )
         self._activations = max(int(self._engine.device_memory_size_v2), _ALIGNED)
         self._scratch = self._memory.allocate(self._activations)
-        self._inputs = _Inputs(self.slots, self.chunk, self._dtypes)
+        self._inputs = Inputs(self.slots, self.chunk, self._dtypes)
         self._inputs_at = self._memory.allocate(self._inputs.size)
         self._logits: dict[int, tuple[int, int]] = {}  # profile -> address, rows there is room for
         self._prefill = self._new_call(PREFILL, fixed=False)
@@ -110,26 +110,16 @@ class TensorRTExecutor(PooledExecutor):
         logits = sum(rows * self._row_bytes for _, rows in self._logits.values())
         return {
             "weights": self.folder.joinpath("model.engine").stat().st_size,
-            "caches": sum(pool.slot_bytes * self.slots for pool in self._pools.values()),
+            "caches": self._pools.bytes,
             "activations": self._activations,
             "inputs and logits": self._inputs.size + logits,
         }
 
     def read(self, group: int, slot: int) -> Cache:
-        parts = []
-        for part in ("key", "value"):
-            pool = self._pools[f"{group}.{part}"]
-            array = np.empty(pool.shape, pool.dtype)
-            self._memory.download(pool.address + slot * pool.slot_bytes, array)
-            parts.append(array)
-        return parts[0], parts[1]
+        return self._pools.read(group, slot)
 
     def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
-        old = self.read(group, slot)
-        for part, whole, new in zip(("key", "value"), old, (keys, values), strict=True):
-            whole[:, : new.shape[1]] = new
-            pool = self._pools[f"{group}.{part}"]
-            self._memory.upload(pool.address + slot * pool.slot_bytes, whole)
+        self._pools.write(group, slot, keys, values)
 
     def _run(
         self,
@@ -203,9 +193,9 @@ class TensorRTExecutor(PooledExecutor):
         addresses = {
             name: self._inputs_at + offset for name, offset in self._inputs.offsets.items()
         }
-        for name, pool in self._pools.items():
+        for name, pool in self._pools.by_name.items():
             shapes[f"past_key_values.{name}"] = (rows, *pool.shape)
-            at = pool.address + first * pool.slot_bytes
+            at = pool.address(first)
             addresses[f"past_key_values.{name}"] = addresses[f"present.{name}"] = at  # rule 4
         if self._engine.get_tensor_location(KEEP).name == "HOST":
             addresses[KEEP] = call.keep.ctypes.data  # rule 5
@@ -266,49 +256,6 @@ class TensorRTExecutor(PooledExecutor):
                     f"{self.folder}: {name} lies in {got or 'memory of its own'}, expected "
                     f"{past}: the cache would not be written in place"
                 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """A group's keys or values: slots one after another from `address` on."""
-
-    address: int
-    shape: tuple[int, int, int]  # of a slot: [Hkv, C, D]
-    slot_bytes: int
-    dtype: Any
-
-
-class _Inputs:
-    """A call's inputs in one block, so that one copy takes them to the GPU."""
-
-    def __init__(self, slots: int, chunk: int, dtypes: dict[str, Any]) -> None:
-        counts = {
-            "input_ids": max(slots, chunk),
-            "write_indices": slots,
-            "kv_lengths": slots,
-            KEEP: 1,
-        }
-        self.offsets: dict[str, int] = {}
-        self.size = 0
-        for name, count in counts.items():
-            self.offsets[name] = self.size
-            used = count * np.dtype(dtypes[name]).itemsize
-            self.size += -(-used // _ALIGNED) * _ALIGNED
-        self.block = np.zeros(self.size, np.uint8)
-        self._views = {
-            name: self.block[at : at + counts[name] * np.dtype(dtypes[name]).itemsize].view(
-                dtypes[name]
-            )
-            for name, at in self.offsets.items()
-        }
-
-    def fill(self, input_ids: NDArray[np.int64], starts: NDArray[np.int64], keep: int) -> None:
-        """Put in tokens [B, S] of rows that hold `starts` [B], and how many logits are kept."""
-        self._views[KEEP][:] = keep
-        rows, length = input_ids.shape
-        self._views["input_ids"][: rows * length] = input_ids.ravel()
-        self._views["write_indices"][:rows] = starts
-        self._views["kv_lengths"][:rows] = starts + length
 
 
 class _Call:

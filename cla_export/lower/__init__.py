@@ -20,7 +20,15 @@ TARGETS: Mapping[str, str] = {
     "tensorrt": "cla_export.lower.tensorrt",
     "tensorrt-rtx": "cla_export.lower.tensorrt",
 }
-CPU = "onnxruntime-cpu"  # a second graph in bundles of target onnxruntime, over the same weights
+# Second graphs in bundles of target onnxruntime, over the same weights.
+CPU = "onnxruntime-cpu"
+CUDA = "onnxruntime-cuda"
+CUDA_PLUGIN = "onnxruntime-cuda-plugin"
+COMPANIONS: Mapping[str, str] = {
+    CPU: "cla_export.lower.onnxruntime_cpu",
+    CUDA: "cla_export.lower.onnxruntime_cuda",
+    CUDA_PLUGIN: "cla_export.lower.cuda_operators",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +49,11 @@ def check_target(target: str) -> str:
 
 
 def lower(target: str, canonical: ir.Model, layout: KVLayout, **options: str) -> Lowered:
-    """Lower a canonical graph to a target, or to `CPU`; the canonical graph is left as it is.
+    """Lower a canonical graph to a target, or to a companion; the canonical one is left as it is.
 
     `options` are the target's own, such as `attention` of TensorRT's.
     """
-    known = {**TARGETS, CPU: "cla_export.lower.onnxruntime_cpu"}
-    module = import_module(known[target if target == CPU else check_target(target)])
+    module = import_module(COMPANIONS.get(target) or TARGETS[check_target(target)])
     model = canonical.clone()
     choices: list[tuple[str, str]] = module.lower(model, layout, **options)
     facts, found, _, _ = read_model(model, target)

@@ -17,31 +17,49 @@ Source: com.microsoft.GroupQueryAttention, version 1, as of ONNX Runtime 1.31.
 import onnx_ir as ir
 
 from cla_export.layout import Group, KVLayout
+from cla_export.lower.fuse_rounded_rotary import fuse_rounded_rotary
 from cla_export.lower.pack_heads import packed, replace_unpacked
 from cla_export.rewrite.builder import Builder
 from cla_export.rewrite.simplify import drop_unused
 from cla_export.rewrite.thread_caches import GROUP, INT64
 from cla_export.rewrite.values import attention_nodes, heads_and_dim, producer
 
+FUSED = "GroupQueryAttention"
 HELD = "lengths/kv_lengths"  # the node that counts each row's tokens
 
 
 def lower(model: ir.Model, layout: KVLayout) -> list[tuple[str, str]]:
+    fuse_rounded_rotary(model)
     graph = model.graph
     mask = _lengths_from_mask(graph)
     attentions = attention_nodes(graph)
     choices = [
         _choose(group, [attentions[layer] for layer in group.layers]) for group in layout.groups
     ]
-    if any(operator == "GroupQueryAttention" for operator, _ in choices):
-        model.opset_imports["com.microsoft"] = 1
-        counts = _counts(graph, mask)
-        for group, (operator, _) in zip(layout.groups, choices, strict=True):
-            if operator == "GroupQueryAttention":
-                _lower_group(graph, group, [attentions[layer] for layer in group.layers], counts)
+    if any(operator == FUSED for operator, _ in choices):
+        lower_groups(model, layout, choices, _counts(graph, mask))
     graph.sort()
     drop_unused(model)
     return choices
+
+
+def lower_groups(
+    model: ir.Model,
+    layout: KVLayout,
+    choices: list[tuple[str, str]],
+    counts: tuple[ir.Value, ir.Value],
+) -> None:
+    """GroupQueryAttention for every layer of the groups that it was chosen for.
+
+    `counts` are its own two lengths: seqlens_k int32 [B] (each row's length - 1) and the total
+    length, an int32 scalar.
+    """
+    model.opset_imports["com.microsoft"] = 1
+    attentions = attention_nodes(model.graph)
+    for group, (operator, _) in zip(layout.groups, choices, strict=True):
+        if operator == FUSED:
+            nodes = [attentions[layer] for layer in group.layers]
+            _lower_group(model.graph, group, nodes, counts)
 
 
 def _choose(group: Group, nodes: list[ir.Node]) -> tuple[str, str]:
@@ -52,7 +70,7 @@ def _choose(group: Group, nodes: list[ir.Node]) -> tuple[str, str]:
     for node in nodes:
         if node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.DOUBLE:
             return "Attention", "GroupQueryAttention has no float64 kernel"
-    return "GroupQueryAttention", "in place, cost follows the valid length"
+    return FUSED, "in place, cost follows the valid length"
 
 
 def _lengths_from_mask(graph: ir.Graph) -> ir.Value:
@@ -73,7 +91,7 @@ def _lengths_from_mask(graph: ir.Graph) -> ir.Value:
 
 
 def _counts(graph: ir.Graph, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The operator's own two lengths: seqlens_k int32 [B] (length - 1) and total length, scalar."""
+    """The operator's lengths, from the mask: its sums and its width."""
     held = next(node.outputs[0] for node in graph if node.name == HELD)
     build, int32 = Builder(graph), ir.DataType.INT32
     last = build.op("Sub", [held, build.int64(1, "one")], shape=["batch"], name="lengths/last")

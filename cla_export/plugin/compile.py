@@ -14,6 +14,7 @@ from typing import Any
 from cla_export.errors import MissingEnvironment
 
 SOURCE = Path(__file__).with_name("cla_attention.cu")
+OPERATORS = Path(__file__).with_name("decode_ops.cu")
 CACHE = Path.home() / ".cache/cla-export/kernels"
 KERNELS = ("cla_attention", "cla_attention_merge")
 MERGE_WARPS = 8
@@ -83,12 +84,23 @@ def compile_kernel(
     variant: Variant, compute_capability: tuple[int, int], cache: Path | None = CACHE
 ) -> Any:  # noqa: ANN401 (cuda-core is imported when needed)
     """The variant's machine code, as cuda-core's ObjectCode; `cache=None` always compiles."""
-    program = _program(variant, compute_capability)
+    return _compiled(_program(variant, compute_capability), cache)
+
+
+def _compiled(program: Any, cache: Path | None) -> Any:  # noqa: ANN401
     if cache is None:
         return program.compile("cubin")
     utils = importlib.import_module("cuda.core.utils")
     with utils.FileStreamProgramCache(cache) as store:
         return program.compile("cubin", cache=store)
+
+
+def compile_operators(
+    bf16: bool, tokens: int, compute_capability: tuple[int, int], cache: Path | None = CACHE
+) -> Any:  # noqa: ANN401
+    """Machine code of decode_ops.cu, whose `linear` takes so many tokens; as `compile_kernel`."""
+    macros = [("BF16", str(int(bf16))), ("TOKENS", str(tokens))]
+    return _compiled(_program_of(OPERATORS, macros, compute_capability), cache)
 
 
 def resources(variant: Variant, compute_capability: tuple[int, int]) -> dict[str, Resources]:
@@ -113,22 +125,31 @@ def resources(variant: Variant, compute_capability: tuple[int, int]) -> dict[str
 
 
 def _program(variant: Variant, compute_capability: tuple[int, int], *assembler: str) -> Any:  # noqa: ANN401
+    return _program_of(SOURCE, variant.macros, compute_capability, *assembler)
+
+
+def _program_of(
+    source: Path,
+    macros: list[tuple[str, str]],
+    compute_capability: tuple[int, int],
+    *assembler: str,
+) -> Any:  # noqa: ANN401
     try:
         core = importlib.import_module("cuda.core")
     except ImportError as error:
         raise MissingEnvironment(
-            f"the ClaAttention plugin compiles with NVRTC: {error}; "
+            f"kernels for GPUs are compiled with NVRTC: {error}; "
             "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc"
         ) from error
     major, minor = compute_capability
     options = core.ProgramOptions(
-        name="cla_attention.cu",
+        name=source.name,
         arch=f"sm_{major}{minor}",
         std="c++17",
-        define_macro=variant.macros,
+        define_macro=macros,
         ptxas_options=list(assembler) or None,
     )
-    return core.Program(SOURCE.read_text(encoding="utf-8"), "c++", options)
+    return core.Program(source.read_text(encoding="utf-8"), "c++", options)
 
 
 def _tile_bytes(width: int) -> int:

@@ -1,4 +1,4 @@
-"""Compile cla_attention_cpu.c for the processor it is to run on, once, with a C compiler.
+"""Compile operators in C for the processor they are to run on, once, with a C compiler.
 
 The library is cached by source, compiler, options and processor. Without a compiler the stock graph
 of a bundle still runs; `doctor` says which it will be.
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from cla_export.errors import MissingEnvironment
 
-SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("cla_attention_cpu.c", "onnxruntime_abi.h")
-)
+ATTENTION = Path(__file__).with_name("cla_attention_cpu.c")
+HOST_OPERATORS = Path(__file__).with_name("host_ops.c")
+_HEADER = Path(__file__).with_name("onnxruntime_abi.h")
 CACHE = Path.home() / ".cache/cla-export/kernels"
 OPTIONS = (
     "-std=gnu11",
@@ -55,27 +55,32 @@ def compiler() -> list[str]:
     )
 
 
-@lru_cache(maxsize=1)
-def library() -> Path:
-    """The operator library for this machine, compiled on first use.
+@lru_cache
+def library(source: Path = ATTENTION) -> Path:
+    """A source's operator library for this machine, compiled on first use.
 
     Raises MissingEnvironment where there is no compiler, or it fails, or this is no Linux or macOS.
     """
-    return build(compiler(), CACHE)
+    return build(compiler(), CACHE, source=source)
 
 
-def build(command: list[str], cache: Path, options: tuple[str, ...] = OPTIONS) -> Path:
+def build(
+    command: list[str],
+    cache: Path,
+    options: tuple[str, ...] = OPTIONS,
+    source: Path = ATTENTION,
+) -> Path:
     """Compile into a folder, or find there what was compiled from the same."""
     if os.name != "posix":
         raise MissingEnvironment("the fast attention for CPUs is built on Linux and macOS only")
-    path = cache / f"cla_attention_cpu-{_key(command, options)}.so"
+    path = cache / f"{source.stem}-{_key(command, options, source)}.so"
     if path.is_file():
         return path
     try:
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             made = Path(folder) / path.name
-            _compile([*command, *options, str(SOURCES[0]), "-o", str(made), "-lm"])
+            _compile([*command, *options, str(source), "-o", str(made), "-lm"])
             made.replace(path)
     except OSError as error:
         raise MissingEnvironment(
@@ -94,10 +99,8 @@ def _compile(command: list[str]) -> None:
         )
 
 
-def _key(command: list[str], options: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
-    for source in SOURCES:
-        digest.update(source.read_bytes())
+def _key(command: list[str], options: tuple[str, ...], source: Path) -> str:
+    digest = hashlib.sha256(source.read_bytes() + _HEADER.read_bytes())
     digest.update(repr((command, options, platform.machine(), _processor())).encode())
     return digest.hexdigest()[:16]
 

@@ -63,7 +63,7 @@ class Launcher:
         if variant not in self._kernels:
             module = compile_kernel(variant, self.gpu.compute_capability, self._cache)
             attention = module.get_kernel("cla_attention")
-            self._allow_shared_memory(attention, variant.shared_bytes)
+            self.allow_shared_memory(attention, variant.shared_bytes)
             self._kernels[variant] = attention, module.get_kernel("cla_attention_merge")
         return self._kernels[variant]
 
@@ -99,7 +99,7 @@ class Launcher:
                 *shapes,
             )  # fmt: skip
 
-    def _allow_shared_memory(self, kernel: Any, size: int) -> None:  # noqa: ANN401
+    def allow_shared_memory(self, kernel: Any, size: int) -> None:  # noqa: ANN401
         """Blocks get more than 48 KiB only where the kernel is told so."""
         driver = self._driver
         (status,) = driver.cuKernelSetAttribute(

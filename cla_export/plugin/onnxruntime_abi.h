@@ -13,9 +13,9 @@
 #include <stdint.h>
 
 enum { API_VERSION = 17 };
-enum { ELEMENT_FLOAT = 1, ELEMENT_INT32 = 6, ELEMENT_INT64 = 7 };
+enum { ELEMENT_FLOAT = 1, ELEMENT_INT32 = 6, ELEMENT_INT64 = 7, ELEMENT_FLOAT16 = 10, ELEMENT_BFLOAT16 = 16 };
 enum { STATUS_FAIL = 1, STATUS_INVALID_ARGUMENT = 2 };
-enum { REQUIRED = 0 };
+enum { REQUIRED = 0, OPTIONAL = 1 };
 enum { MEMORY_DEFAULT = 0 };
 
 typedef struct OrtStatus OrtStatus;
@@ -54,7 +54,10 @@ typedef struct OrtApi {
   void (*ReleaseStatus)(OrtStatus *status); /* 93 */
   void *skip_94[5];
   void (*ReleaseTensorInfo)(OrtTensorInfo *info); /* 99 */
-  void *skip_100[174];
+  void *skip_100[93];
+  OrtStatus *(*KernelContext_GetGPUComputeStream)(const OrtContext *context,
+                                                  void **out); /* 193 */
+  void *skip_194[80];
   OrtStatus *(*KernelContext_ParallelFor)(const OrtContext *context, void (*task)(void *, size_t),
                                           size_t tasks, size_t batches, void *data); /* 274 */
 } OrtApi;
@@ -64,6 +67,7 @@ _Static_assert(offsetof(OrtApi, GetTensorMutableData) == 51 * sizeof(void *), "t
 _Static_assert(offsetof(OrtApi, GetTensorTypeAndShape) == 65 * sizeof(void *), "table");
 _Static_assert(offsetof(OrtApi, KernelContext_GetOutput) == 91 * sizeof(void *), "table");
 _Static_assert(offsetof(OrtApi, ReleaseTensorInfo) == 99 * sizeof(void *), "table");
+_Static_assert(offsetof(OrtApi, KernelContext_GetGPUComputeStream) == 193 * sizeof(void *), "table");
 _Static_assert(offsetof(OrtApi, KernelContext_ParallelFor) == 274 * sizeof(void *), "table");
 
 typedef struct OrtApiBase {

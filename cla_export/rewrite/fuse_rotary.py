@@ -7,6 +7,9 @@ gathered once per graph, and are never recomputed from theta (an ulp in an inver
 Cases, on x [B, H, S, D] with cos and sin unsqueezed at axis 1 from [B, S, D/2]:
 1. halves: Concat(x1 * cos - x2 * sin, x2 * cos + x1 * sin), x1 and x2 from one Split of the last
    axis in two.
+
+In 16 bits the rows are cast after they are unsqueezed, and nothing fires here: what the operator
+rounds, and how often, is a runtime's choice (`lower.fuse_rounded_rotary`).
 """
 
 import onnx_ir as ir

@@ -312,7 +312,7 @@ def has_bias(s: Subject) -> bool:
 
 
 def rotates(s: Subject) -> bool:
-    """RoPE is one operator: fusing finds it in float32 only."""
+    """RoPE is one operator: in float32, and wherever ONNX Runtime computes in 16 bits."""
     return any(node.op_type == "RotaryEmbedding" for node in s.graph)
 
 

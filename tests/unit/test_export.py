@@ -58,14 +58,16 @@ def arrays(graph_file: Path) -> dict[str, np.ndarray]:
 # What is in a bundle.
 
 
+@pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("target", TARGETS)
-def test_contents(zoo: Zoo, target: str) -> None:
-    folder = zoo.bundle(target, **MIXED).folder
+def test_contents(zoo: Zoo, target: str, dtype: str) -> None:
+    folder = zoo.bundle(target, dtype, **MIXED).folder
     names = {path.name for path in folder.iterdir()}
     expected = {"model.onnx", "model.onnx.data", "config.json", "generation_config.json"}
     expected.add("bundle.json")
     if target == "onnxruntime":
-        expected |= {"genai_config.json", "model.cpu.onnx"}
+        cuda = {"model.cuda.onnx", "model.cuda.plugin.onnx"}
+        expected |= {"genai_config.json"} | ({"model.cpu.onnx"} if dtype == "fp32" else cuda)
     assert names == expected
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
     source = zoo.folder(**MIXED)

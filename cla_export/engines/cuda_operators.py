@@ -1,0 +1,289 @@
+"""Launching the kernels of a graph's own operators on a GPU, when ONNX Runtime comes to them.
+
+`plugin/host_ops.c` calls back with a node's number, addresses and shapes. What happens here is done
+once for each captured decode step, and for every node of a prompt.
+"""
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cla_export.engines.cuda_memory import Memory
+from cla_export.errors import MissingEnvironment, RunError
+from cla_export.lower.cuda_operators import DOMAINS
+from cla_export.plugin.compile import compile_operators
+from cla_export.plugin.contract import Problem
+from cla_export.plugin.launch import Launcher, Pointers
+
+_LINEAR, _ROTATE, _ROTATE_APPEND, _ATTENTION = range(4)
+_FEW = 4  # tokens that `linear` takes; more are a matrix product
+_WARPS = 8  # of a block of `linear`
+_BLOCKS = 4  # of `linear`, a multiprocessor
+_THREADS = 256
+_KINDS = {"float16": 2, "bfloat16": 14}  # cuBLAS's numbers of types
+_FLOAT32, _TRANSPOSED, _PLAIN, _DEFAULT = 68, 1, 0, -1
+_CUBLAS_BYTES = 32 << 20
+
+
+class _Argument(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("dims", ctypes.c_int64 * 4),
+    ]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.dims[: self.rank])
+
+
+class _Call(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("node", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
+        ("stream", ctypes.c_void_p),
+        ("inputs", _Argument * 6),
+        ("outputs", _Argument * 3),
+    ]
+
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Call))
+_by_stream: dict[int, "CudaOperators"] = {}
+
+
+@_CALLBACK  # type: ignore[untyped-decorator]
+def _dispatch(call: Any) -> int:  # noqa: ANN401
+    operators = _by_stream[call.contents.stream or 0]
+    try:
+        operators.launch(call.contents)
+    except Exception as error:  # ONNX Runtime gets a number; whoever runs the step gets this
+        operators.error = error
+        return 1
+    return 0
+
+
+def own_nodes(graph: Path) -> dict[int, dict[str, Any]]:
+    """Attributes of each node of ours, by its number."""
+    import onnx_ir as ir
+
+    return {
+        node.attributes.get_int("node"): {key: attr.value for key, attr in node.attributes.items()}
+        for node in ir.load(graph).graph
+        if node.domain in DOMAINS.values()
+    }
+
+
+class CudaOperators:
+    """The operators of one session, whose work goes to one stream.
+
+    Args:
+        library: `plugin/host_ops.c`, compiled.
+        memory: of the GPU; its stream is the session's.
+        nodes: attributes of each node, by its number.
+        dtype: float16 or bfloat16.
+        device: number of the GPU.
+    """
+
+    def __init__(
+        self,
+        library: Path,
+        memory: Memory,
+        nodes: dict[int, dict[str, Any]],
+        dtype: str,
+        device: int,
+    ) -> None:
+        self.error: Exception | None = None
+        self._memory, self._nodes, self._dtype = memory, nodes, dtype
+        self._launcher = Launcher(device)
+        self._core = importlib.import_module("cuda.core")
+        self._stream = self._core.Stream.from_handle(memory.stream)
+        self._kernels: dict[tuple[str, int], Any] = {}
+        self._rooms: dict[str, tuple[int, int]] = {}
+        self._problems: dict[Problem, Any] = {}
+        self._product = _Products(memory, dtype)
+        ctypes.CDLL(str(library)).cla_set_callback(_dispatch)
+        _by_stream[memory.stream] = self
+
+    def launch(self, call: _Call) -> None:
+        """Queue a node's kernels."""
+        node = self._nodes[call.node]
+        steps: dict[int, Callable[[_Call, dict[str, Any]], None]] = {
+            _LINEAR: self._linear,
+            _ROTATE: self._rotate,
+            _ROTATE_APPEND: self._rotate,
+            _ATTENTION: self._attention,
+        }
+        steps[call.kind](call, node)
+
+    def _linear(self, call: _Call, node: dict[str, Any]) -> None:
+        x, w, norm, residual = (call.inputs[i] for i in range(4))
+        y, gated = call.outputs[0], int(node["gated"])
+        rows, k = w.shape
+        tokens, n = int(np.prod(x.shape[:-1])), rows // (2 if gated else 1)
+        epsilon = np.float32(node["epsilon"])
+        if tokens == 0:
+            return
+        if tokens <= _FEW and k % 8 == 0:
+            blocks = min(-(-n // _WARPS), _BLOCKS * self._launcher.gpu.multiprocessors)
+            self._queue(
+                "linear", tokens, blocks, _WARPS * 32, tokens * k * 4, w.data, x.data,
+                norm.data or 0, residual.data or 0, y.data, np.int32(n), np.int32(k),
+                np.int32(gated), epsilon,
+            )  # fmt: skip
+            return
+        source = x.data
+        if norm.data:
+            source = self._room("normed", tokens * k * 2)
+            self._queue(
+                "rms_norm", 1, tokens, _THREADS, 0, x.data, norm.data, source, np.int32(k), epsilon
+            )
+        target = self._room("both", tokens * rows * 2) if gated else y.data
+        if residual.data:
+            self._memory.copy(residual.data, y.data, tokens * n * 2)
+        self._product.multiply(source, w.data, target, tokens, rows, k, add=bool(residual.data))
+        if gated:
+            blocks = -(-tokens * n // 2 // _THREADS)
+            self._queue(
+                "swiglu", 1, blocks, _THREADS, 0, target, y.data, np.int32(n), np.int32(tokens)
+            )
+
+    def _rotate(self, call: _Call, _node: dict[str, Any]) -> None:
+        qkv, cosines, sines, starts = (call.inputs[i] for i in range(4))
+        q = call.outputs[0]
+        positions, half = cosines.shape
+        batch, queries, width = q.shape
+        kv_heads = capacity = 0
+        keys = values = 0
+        if call.kind == _ROTATE_APPEND:
+            past = call.inputs[4]
+            _, kv_heads, capacity, _ = past.shape
+            for i in (0, 1):
+                old, new = call.inputs[4 + i].data, call.outputs[1 + i].data
+                if old != new:
+                    self._memory.copy(old, new, int(np.prod(past.shape)) * 2)
+            keys, values = call.outputs[1].data, call.outputs[2].data
+        numbers = (
+            width // (2 * half),
+            kv_heads,
+            2 * half,
+            queries,
+            capacity or positions,
+            positions,
+        )
+        self._queue(
+            "rotate", 1, batch * queries, _THREADS, 0, qkv.data, cosines.data, sines.data,
+            starts.data, q.data, keys, values, *map(np.int32, numbers),
+        )  # fmt: skip
+
+    def _attention(self, call: _Call, node: dict[str, Any]) -> None:
+        q, keys, values, lengths = (call.inputs[i] for i in range(4))
+        y = call.outputs[0]
+        batch, queries, width = q.shape
+        _, kv_heads, capacity, dim = keys.shape
+        problem = Problem(
+            batch=batch,
+            query_heads=width // dim,
+            kv_heads=kv_heads,
+            head_dim=dim,
+            capacity=capacity,
+            queries=queries,
+            scale=float(node["scale"]),
+            window=int(node["window"]),
+            softcap=float(node["softcap"]),
+            dtype=self._dtype,
+        )
+        if problem not in self._problems:
+            self._problems[problem] = self._launcher.plan(problem)
+        plan = self._problems[problem]
+        workspace = self._room("partial", plan.workspace_bytes) if plan.workspace_bytes else 0
+        asked, made = q.data, y.data
+        size = int(np.prod(q.shape)) * 2
+        if queries > 1:
+            asked, made = self._room("asked", size), self._room("made", size)
+            self._swap(q.data, asked, batch, queries, problem.query_heads, dim)
+        pointers = Pointers(asked, keys.data, values.data, lengths.data, made, workspace)
+        self._launcher.launch(problem, plan, pointers, self._memory.stream)
+        if queries > 1:
+            self._swap(made, y.data, batch, problem.query_heads, queries, dim)
+
+    def _swap(self, source: int, target: int, batch: int, a: int, b: int, dim: int) -> None:
+        self._queue("swap", 1, batch * a * b, 64, 0, source, target, *map(np.int32, (a, b, dim)))
+
+    def _queue(
+        self,
+        name: str,
+        tokens: int,
+        blocks: int,
+        threads: int,
+        shared: int,
+        *arguments: Any,  # noqa: ANN401
+    ) -> None:
+        kernel = self._kernel(name, tokens)
+        config = self._core.LaunchConfig(
+            grid=blocks,
+            block=threads,
+            shmem_size=shared,
+            programmatic_stream_serialization=self._launcher.gpu.has_clusters,
+        )
+        self._core.launch(self._stream, config, kernel, *arguments)
+
+    def _kernel(self, name: str, tokens: int) -> Any:  # noqa: ANN401
+        if (name, tokens) not in self._kernels:
+            gpu = self._launcher.gpu
+            module = compile_operators(self._dtype == "bfloat16", tokens, gpu.compute_capability)
+            kernel = module.get_kernel(name)
+            if name == "linear":
+                self._launcher.allow_shared_memory(kernel, gpu.shared_per_block - 1024)
+            self._kernels[name, tokens] = kernel
+        return self._kernels[name, tokens]
+
+    def _room(self, name: str, size: int) -> int:
+        """Memory of that name, at least so large; what captured steps use is never given back."""
+        address, held = self._rooms.get(name, (0, 0))
+        if held < size:
+            address = self._memory.allocate(size)  # the old one stays: captured steps may use it
+            self._rooms[name] = address, size
+        return address
+
+
+class _Products:
+    """Matrix products of cuBLAS, on one stream."""
+
+    def __init__(self, memory: Memory, dtype: str) -> None:
+        self._kind = _KINDS[dtype]
+        try:
+            self._cublas = ctypes.CDLL("libcublas.so.13")
+        except OSError as error:
+            raise MissingEnvironment(
+                f"cuBLAS does not load ({error}); pip install nvidia-cublas"
+            ) from error
+        self._handle = ctypes.c_void_p()
+        self._check(self._cublas.cublasCreate_v2(ctypes.byref(self._handle)), "cublasCreate")
+        stream = ctypes.c_void_p(memory.stream)
+        self._check(self._cublas.cublasSetStream_v2(self._handle, stream), "cublasSetStream")
+        room = ctypes.c_void_p(memory.allocate(_CUBLAS_BYTES))
+        self._check(
+            self._cublas.cublasSetWorkspace_v2(self._handle, room, ctypes.c_size_t(_CUBLAS_BYTES)),
+            "cublasSetWorkspace",
+        )
+
+    def multiply(
+        self, x: int, w: int, y: int, tokens: int, n: int, k: int, *, add: bool = False
+    ) -> None:
+        """Put x [tokens, k] times w [n, k] transposed into y [tokens, n], or add it to that."""
+        one, beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if add else 0.0)
+        pointer, kind = ctypes.c_void_p, self._kind
+        status = self._cublas.cublasGemmEx(
+            self._handle, _TRANSPOSED, _PLAIN, n, tokens, k, ctypes.byref(one),
+            pointer(w), kind, k, pointer(x), kind, k, ctypes.byref(beta),
+            pointer(y), kind, n, _FLOAT32, _DEFAULT,
+        )  # fmt: skip
+        self._check(status, "cublasGemmEx")
+
+    def _check(self, status: int, what: str) -> None:
+        if status:
+            raise RunError(f"{what} failed with {status}")

@@ -1,0 +1,116 @@
+"""ONNX Runtime's CUDA provider: parity, captured steps, tokens chosen on the device.
+
+Both graphs for GPUs, ours and the stock one. Skipped where there is no GPU or no onnxruntime-gpu.
+"""
+
+import numpy as np
+import pytest
+import torch  # noqa: F401  # before ONNX Runtime: it brings the CUDA libraries
+from models_zoo import MIXED, Zoo
+
+from cla_export.bundle import Bundle
+from cla_export.compare.gate import compare_bundle
+from cla_export.engines import onnxruntime_cuda
+from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
+from cla_export.errors import BadInput, RunError
+
+pytestmark = pytest.mark.skipif(
+    not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu"
+)
+PLAIN = {"kv_owner": (0, 0, 2, 2), "num_key_value_heads": 1}
+MODELS = {
+    "CLA2 MQA": PLAIN,
+    "non-contiguous GQA": {"kv_owner": (0, 1, 0)},
+    "window, biases, untied": MIXED,
+    "norms": {"kv_owner": (0, 0), "qk_norm": True, "separate_kv_norm": True},
+    "head dim 64": {"kv_owner": (0, 0), "head_dim": 64},
+}
+DTYPES = ("fp16", "bf16")
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["ours", "stock"])
+def stock(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "stock")
+
+
+def opened(bundle: Bundle, *, stock: bool, slots: int = 5, graphs: bool = True):
+    executor = OnnxRuntimeCudaExecutor(bundle, capacity=64, slots=slots, stock=stock, graphs=graphs)
+    expected = bundle.cuda_graph if stock else bundle.cuda_plugin_graph
+    assert executor.graph == expected
+    return executor
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parity(zoo: Zoo, model: str, dtype: str, stock: bool) -> None:
+    bundle = zoo.bundle("onnxruntime", dtype, **MODELS[model])
+    report = compare_bundle(bundle, executor=opened(bundle, stock=stock))
+    failed = [(r.case, r.output, r.max_error, r.tolerance) for r in report.tensors if not r.passed]
+    assert report.passed, (report.faults, failed)
+
+
+def test_captured_steps_give_what_plain_ones_do(zoo: Zoo, dtype: str, stock: bool) -> None:
+    """Rows of different lengths, many steps: replays read lengths that capture never saw."""
+    bundle = zoo.bundle("onnxruntime", dtype, **PLAIN)
+    made = []
+    for graphs in (True, False):
+        executor = opened(bundle, stock=stock, graphs=graphs, slots=3)
+        for slot in range(3):
+            executor.prefill(slot, [1 + slot, 2, 3, 4][: 2 + slot], 0)
+        made.append(
+            [
+                executor.decode(range(3), [5, 6, 7], [2 + step, 3 + step, 4 + step])
+                for step in range(40)
+            ]
+        )
+    for captured, plain in zip(*made, strict=True):
+        assert np.array_equal(captured, plain)
+
+
+def test_greedy_tokens_are_those_of_the_logits(zoo: Zoo, dtype: str, stock: bool) -> None:
+    bundle = zoo.bundle("onnxruntime", dtype, **PLAIN)
+    executor = opened(bundle, stock=stock, slots=3)
+
+    def prompts() -> None:
+        for slot in range(3):
+            executor.prefill(slot, [1 + slot, 2, 3], 0)
+
+    prompts()
+    tokens, lengths = [5, 6, 7], [3, 3, 3]
+    one_by_one = []
+    for step in range(10):
+        logits = executor.decode(range(3), tokens, [n + step for n in lengths])
+        tokens = logits.argmax(-1).tolist()
+        one_by_one.append(tokens)
+    prompts()
+    together = executor.decode_greedy(range(3), [5, 6, 7], lengths, 10)
+    assert together.T.tolist() == one_by_one
+
+
+def test_a_step_over_other_slots(zoo: Zoo, stock: bool) -> None:
+    bundle = zoo.bundle("onnxruntime", "fp16", **PLAIN)
+    executor = opened(bundle, stock=stock, slots=4)
+    for slot in range(4):
+        executor.prefill(slot, [9, 8, 7], 0)
+    first = executor.decode([0, 1], [3, 4], [3, 3])
+    other = executor.decode([2, 3], [3, 4], [3, 3])
+    assert np.array_equal(first, other)
+
+
+def test_wrong_steps_are_refused(zoo: Zoo, stock: bool) -> None:
+    executor = opened(zoo.bundle("onnxruntime", "fp16", **PLAIN), stock=stock, slots=2)
+    with pytest.raises(BadInput, match="the capacity is 64"):
+        executor.decode_greedy([0], [1], [60], 5)
+    with pytest.raises(BadInput, match="consecutive"):
+        executor.decode_greedy([1, 0], [1, 2], [3, 3])
+    with pytest.raises((BadInput, RunError)):
+        executor.decode([0], [1], [64])
+
+
+def test_device_bytes(zoo: Zoo, stock: bool) -> None:
+    executor = opened(zoo.bundle("onnxruntime", "fp16", **PLAIN), stock=stock, slots=2)
+    assert executor.device_bytes["caches"] == 2 * 2 * 2 * 64 * 16 * 2
