@@ -24,6 +24,7 @@ _FEW = 4  # tokens that `linear` takes; more are a matrix product
 _WARPS = 8  # of a block of `linear`
 _BLOCKS = 4  # of `linear`, a multiprocessor
 _THREADS = 256
+_WIDEST = 8192  # numbers that `rms_norm` takes
 _KINDS = {"float16": 2, "bfloat16": 14}  # cuBLAS's numbers of types
 _FLOAT32, _TRANSPOSED, _PLAIN, _DEFAULT = 68, 1, 0, -1
 _CUBLAS_BYTES = 32 << 20
@@ -137,12 +138,14 @@ class CudaOperators:
             return
         source = x.data
         if norm.data:
+            if k % 8 or k > _WIDEST:
+                raise RunError(f"a norm over {k} numbers; expected a multiple of 8 up to {_WIDEST}")
             source = self._room("normed", tokens * k * 2)
             self._queue(
                 "rms_norm", 1, tokens, _THREADS, 0, x.data, norm.data, source, np.int32(k), epsilon
             )
         target = self._room("both", tokens * rows * 2) if gated else y.data
-        if residual.data:
+        if residual.data and residual.data != y.data:
             self._memory.copy(residual.data, y.data, tokens * n * 2)
         self._product.multiply(source, w.data, target, tokens, rows, k, add=bool(residual.data))
         if gated:
@@ -174,8 +177,9 @@ class CudaOperators:
             capacity or positions,
             positions,
         )
+        threads = min(1024, -(-(width // 4 + kv_heads * half * 2) // 32) * 32)
         self._queue(
-            "rotate", 1, batch * queries, _THREADS, 0, qkv.data, cosines.data, sines.data,
+            "rotate", 1, batch * queries, threads, 0, qkv.data, cosines.data, sines.data,
             starts.data, q.data, keys, values, *map(np.int32, numbers),
         )  # fmt: skip
 

@@ -71,7 +71,7 @@ class _Rewriter:
 
     def matches(self, group: Group, nodes: list[ir.Node]) -> bool:
         """Whether all of a group's layers are of the plain kind."""
-        if not 2 <= group.head_dim <= MAX_HEAD_DIM or group.head_dim % _CHUNK:
+        if not group.head_dim <= MAX_HEAD_DIM or group.head_dim % _CHUNK:
             return False
         return all(self._projections(node, owner=not i) for i, node in enumerate(nodes))
 

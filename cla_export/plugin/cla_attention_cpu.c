@@ -692,6 +692,8 @@ static int required(const OrtCustomOp *op, size_t i) { return (void)op, (void)i,
 static int memory_default(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, MEMORY_DEFAULT; }
 static int version_one(const OrtCustomOp *op) { return (void)op, 1; }
 static void destroy(void *kernel) { free(kernel); }
+static size_t nothing_in_place(int **from, int **to) { return *from = *to = NULL, 0; }
+static void nothing_to_release(int *from, int *to) { (void)from, (void)to; }
 
 #define OPERATOR(name, inputs, outputs, input_type, compute)                                       \
   {                                                                                                \
@@ -701,6 +703,8 @@ static void destroy(void *kernel) { free(kernel); }
       .GetInputCharacteristic = required, .GetOutputCharacteristic = required,                     \
       .GetInputMemoryType = memory_default, .CreateKernelV2 = create, .KernelComputeV2 = compute,  \
       .GetStartVersion = version_one, .GetEndVersion = version_one,                                \
+      .GetMayInplace = nothing_in_place, .ReleaseMayInplace = nothing_to_release,                  \
+      .GetAliasMap = nothing_in_place, .ReleaseAliasMap = nothing_to_release,                      \
   }
 static const OrtCustomOp attention = OPERATOR(name_attention, four, one, attention_input, compute_attention);
 static const OrtCustomOp append = OPERATOR(name_append, five, two, append_input, compute_append);
@@ -726,7 +730,7 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtOptions *
                                                                      const OrtApiBase *base) {
   const OrtApi *api = base->GetApi(API_VERSION);
   OrtDomain *domain;
-  if (!api) return NULL; /* older than 1.17: the session then says that it has no ClaAttention */
+  if (!api) return NULL; /* older than 1.18: the session then says that it has no ClaAttention */
   TRY(api->CreateCustomOpDomain("cla", &domain));
   TRY(api->CustomOpDomain_Add(domain, &attention));
   TRY(api->CustomOpDomain_Add(domain, &append));

@@ -177,23 +177,51 @@ linear(const uint4* __restrict__ w, const u32* __restrict__ x, const u32* __rest
     }
 }
 
-// y [tokens, k] = norm(x); a block a token.
-extern "C" __global__ void rms_norm(const u32* __restrict__ x, const u32* __restrict__ norm, u32* __restrict__ y, int k,
-                                    float eps) {
-    __shared__ float scratch[32];
+// y [tokens, k] = norm(x); a block a token, every thread with up to HELD chunks of it in registers.
+constexpr int HELD = 4;
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+rms_norm(const uint4* __restrict__ x, const uint4* __restrict__ norm, uint4* __restrict__ y, int k, float eps) {
+    __shared__ float scratch[WARPS];
+    const int chunks = k / CHUNK, threads = WARPS * 32;
+    uint4 weights[HELD], numbers[HELD];
     let_next_kernel_start();
-    wait_for_previous_kernel();
-    x += (i64)blockIdx.x * (k / 2);
-    y += (i64)blockIdx.x * (k / 2);
-    float squares = 0;
-    for (int i = threadIdx.x; i < k / 2; i += blockDim.x) {
-        const float2 two = widen(x[i]);
-        squares += two.x * two.x + two.y * two.y;
+    UNROLL for (int i = 0; i < HELD; i++) {
+        const int c = threadIdx.x + i * threads;
+        if (c < chunks) weights[i] = norm[c];
     }
-    const float factor = rsqrtf(sum_of_block(squares, scratch) / k + eps);
-    for (int i = threadIdx.x; i < k / 2; i += blockDim.x) {
-        const float2 two = widen(x[i]), weight = widen(norm[i]);
-        y[i] = narrow(two.x * factor * weight.x, two.y * factor * weight.y);
+    wait_for_previous_kernel();
+    x += (i64)blockIdx.x * chunks;
+    y += (i64)blockIdx.x * chunks;
+    UNROLL for (int i = 0; i < HELD; i++) {
+        const int c = threadIdx.x + i * threads;
+        if (c < chunks) numbers[i] = x[c];
+    }
+    float squares = 0;
+    UNROLL for (int i = 0; i < HELD; i++) {
+        if ((int)threadIdx.x + i * threads >= chunks) continue;
+        const u32 parts[4] = {numbers[i].x, numbers[i].y, numbers[i].z, numbers[i].w};
+        UNROLL for (int j = 0; j < 4; j++) {
+            const float2 two = widen(parts[j]);
+            squares += two.x * two.x + two.y * two.y;
+        }
+    }
+    squares = sum_of_warp(squares);
+    if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = squares;
+    __syncthreads();
+    float total = 0;
+    UNROLL for (int i = 0; i < WARPS; i++) total += scratch[i];
+    const float factor = rsqrtf(total / k + eps);
+    UNROLL for (int i = 0; i < HELD; i++) {
+        const int c = threadIdx.x + i * threads;
+        if (c >= chunks) continue;
+        const u32 parts[4] = {numbers[i].x, numbers[i].y, numbers[i].z, numbers[i].w};
+        const u32 scales[4] = {weights[i].x, weights[i].y, weights[i].z, weights[i].w};
+        u32 made[4];
+        UNROLL for (int j = 0; j < 4; j++) {
+            const float2 two = widen(parts[j]), scale = widen(scales[j]);
+            made[j] = narrow(two.x * factor * scale.x, two.y * factor * scale.y);
+        }
+        y[c] = make_uint4(made[0], made[1], made[2], made[3]);
     }
 }
 
@@ -209,34 +237,43 @@ extern "C" __global__ void swiglu(const u32* __restrict__ both, u32* __restrict_
 }
 
 // Rotate the query heads of each token, and its key heads into the cache, where its values go too. qkv is
-// [batch * queries, (heads + 2 kv_heads) * dim], or the heads alone where kv_heads is 0. A block a token.
-extern "C" __global__ void rotate(const u16* __restrict__ qkv, const float* __restrict__ cosines,
-                                  const float* __restrict__ sines, const i64* __restrict__ starts,
-                                  u16* __restrict__ q, u16* __restrict__ keys, u16* __restrict__ values, int heads,
+// [batch * queries, (heads + 2 kv_heads) * dim], or the heads alone where kv_heads is 0. A block a token, two numbers
+// of each half a thread; what was there before the step began is read before anything is waited for.
+extern "C" __global__ void rotate(const u32* __restrict__ qkv, const float2* __restrict__ cosines,
+                                  const float2* __restrict__ sines, const i64* __restrict__ starts,
+                                  u32* __restrict__ q, u32* __restrict__ keys, u32* __restrict__ values, int heads,
                                   int kv_heads, int dim, int queries, int capacity, int positions) {
     let_next_kernel_start();
-    wait_for_previous_kernel();
-    const int b = blockIdx.x / queries, s = blockIdx.x % queries, half = dim / 2;
+    const int b = blockIdx.x / queries, s = blockIdx.x % queries, pairs = dim / 4, width = dim / 2;
     const i64 place = starts[b] + s;
     const i64 position = place < positions ? place : positions - 1;
-    qkv += (i64)blockIdx.x * (heads + 2 * kv_heads) * dim;
-    const float* cosine = cosines + position * half;
-    const float* sine = sines + position * half;
-    for (int i = threadIdx.x; i < (heads + kv_heads) * half; i += blockDim.x) {
-        const int head = i / half, d = i % half;
-        const float a = widen(qkv[head * dim + d]), c = widen(qkv[head * dim + d + half]);
-        const float cos = round_once(cosine[d]), sin = round_once(sine[d]);
-        u16* to = head < heads
-                      ? q + ((i64)blockIdx.x * heads + head) * dim
-                      : keys + (((i64)b * kv_heads + head - heads) * capacity + place) * dim;
-        if (head >= heads && place >= capacity) continue;
-        to[d] = narrow(a * cos - c * sin);
-        to[d + half] = narrow(c * cos + a * sin);
+    const int rotated = (heads + kv_heads) * pairs, all = rotated + kv_heads * width;
+    qkv += (i64)blockIdx.x * (heads + 2 * kv_heads) * width;
+    bool waited = false;
+    for (int i = threadIdx.x; i < all || !waited; i += blockDim.x) {
+        const int head = i / pairs, d = i % pairs;
+        float2 cos, sin;
+        if (i < rotated) {
+            cos = cosines[position * pairs + d];
+            sin = sines[position * pairs + d];
+        }
+        if (!waited) wait_for_previous_kernel();
+        waited = true;
+        if (i >= all || (head >= heads && place >= capacity)) continue;
+        if (i >= rotated) {
+            const int v = i - rotated;
+            values[(((i64)b * kv_heads + v / width) * capacity + place) * width + v % width] =
+                qkv[(heads + kv_heads) * width + v];
+            continue;
+        }
+        const float2 a = widen(qkv[head * width + d]), c = widen(qkv[head * width + d + pairs]);
+        cos = make_float2(round_once(cos.x), round_once(cos.y));
+        sin = make_float2(round_once(sin.x), round_once(sin.y));
+        u32* to = head < heads ? q + ((i64)blockIdx.x * heads + head) * width
+                               : keys + (((i64)b * kv_heads + head - heads) * capacity + place) * width;
+        to[d] = narrow(a.x * cos.x - c.x * sin.x, a.y * cos.y - c.y * sin.y);
+        to[d + pairs] = narrow(c.x * cos.x + a.x * sin.x, c.y * cos.y + a.y * sin.y);
     }
-    if (place >= capacity) return;
-    const u16* v = qkv + (heads + kv_heads) * dim;
-    for (int i = threadIdx.x; i < kv_heads * dim; i += blockDim.x)
-        values[(((i64)b * kv_heads + i / dim) * capacity + place) * dim + i % dim] = v[i];
 }
 
 // [batch, a, b, dim] to [batch, b, a, dim]; a block a row of `dim`.

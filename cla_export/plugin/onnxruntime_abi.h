@@ -3,7 +3,7 @@
  * ONNX Runtime's wheels ship no headers. Its interface is a table of functions that only ever grows
  * at the end, and a struct that describes an operator, read up to the version it claims; so the few
  * entries used here are declared by their place in the table. `API_VERSION` is the oldest version
- * that has them all (KernelContext_ParallelFor came with ONNX Runtime 1.17).
+ * that has them all (GetMayInplace came with ONNX Runtime 1.18).
  */
 
 #ifndef CLA_EXPORT_ONNXRUNTIME_ABI_H
@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { API_VERSION = 17 };
+enum { API_VERSION = 18 };
 enum { ELEMENT_FLOAT = 1, ELEMENT_INT32 = 6, ELEMENT_INT64 = 7, ELEMENT_FLOAT16 = 10, ELEMENT_BFLOAT16 = 16 };
 enum { STATUS_FAIL = 1, STATUS_INVALID_ARGUMENT = 2 };
 enum { REQUIRED = 0, OPTIONAL = 1 };
@@ -99,6 +99,10 @@ struct OrtCustomOp {
   OrtStatus *(*InferOutputShape)(const OrtCustomOp *op, void *context);
   int (*GetStartVersion)(const OrtCustomOp *op);
   int (*GetEndVersion)(const OrtCustomOp *op);
+  size_t (*GetMayInplace)(int **inputs, int **outputs);
+  void (*ReleaseMayInplace)(int *inputs, int *outputs);
+  size_t (*GetAliasMap)(int **inputs, int **outputs);
+  void (*ReleaseAliasMap)(int *inputs, int *outputs);
 };
 
 #endif
