@@ -138,10 +138,15 @@ class Bundle:
         for (operator, reason), indices in chosen.items():
             which = "all groups" if len(chosen) == 1 else f"groups {', '.join(indices)}"
             lines.append(f"{which}: {operator} ({reason})")
-        on_cpu = [group.get("cpu_attention") == "ClaAttention" for group in groups]
-        if any(on_cpu):
-            which = "all groups" if all(on_cpu) else "groups that it takes"
-            lines.append(f"{which}, on a CPU ({CPU_GRAPH}): ClaAttention (reads a key once)")
+        ours = {
+            f"on a CPU ({CPU_GRAPH})": "cpu_attention",
+            f"on a GPU ({CUDA_PLUGIN_GRAPH})": "cuda_plugin_attention",
+        }
+        for where, key in ours.items():
+            taken = [group.get(key) == "ClaAttention" for group in groups]
+            if any(taken):
+                which = "all groups" if all(taken) else "groups that it takes"
+                lines.append(f"{which}, {where}: ClaAttention (reads a key once)")
         return lines
 
     def config(self) -> dict[str, object]:

@@ -36,6 +36,7 @@ from cla_export.compare.results import tensor_result
 from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
 from cla_export.compare.text import SEED, token_stream
 from cla_export.compare.thresholds import Threshold, threshold_of
+from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.executor import Executor
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor, graph_of
 from cla_export.engines.opening import backend_of, open_executor
@@ -48,6 +49,8 @@ from cla_export.models.cla import ClaDecoder
 _TOOLS = ("torch", "onnxruntime", "onnx", "polygraphy", "numpy")
 _HELD = 64  # tokens whose keys and values stand in for a long context's, over and over
 _ONE_THREAD = 2**24  # parameters
+_ON_GPU = 8192  # tokens a slot holds there, at most
+_SLOTS = 8  # there: more than any case needs
 _SHOWN = "decode"  # the case whose layers are shown where nothing fails
 
 
@@ -104,8 +107,8 @@ def compare_bundle(
     backend = backend_of(bundle, target)
     if backend == "torch":
         raise BadInput("target is torch, which is what a bundle is compared with; name a runtime")
-    if executor is None and (backend != "onnxruntime" or engine is not None):
-        executor = open_executor(bundle, target, engine=engine)
+    if executor is None:
+        executor = _executor_of(bundle, backend, target, engine)
     if executor is not None and debug_dir is not None:
         raise BadInput(
             f"--debug-dir: {executor.backend} shows no values inside; export the model for "
@@ -166,6 +169,19 @@ def compare_bundle(
     report.seconds = perf_counter() - began
     progress("done", 1, 1)
     return report
+
+
+def _executor_of(
+    bundle: Bundle, backend: str, target: str | None, engine: Path | None
+) -> Executor | None:
+    """What runs all cases; None for ONNX Runtime on a CPU, which each step opens anew."""
+    if backend != "onnxruntime" or engine is not None:
+        return open_executor(bundle, target, engine=engine)
+    on_gpu = bundle.cuda_graph is not None and onnxruntime_cuda.available()
+    if not on_gpu and bundle.dtype != "bfloat16":
+        return None
+    most = min(bundle.max_positions, _ON_GPU)
+    return open_executor(bundle, target, capacity=most, slots=_SLOTS)
 
 
 @dataclass(frozen=True, slots=True)

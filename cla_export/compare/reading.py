@@ -27,6 +27,7 @@ from cla_export.rewrite.keep_last_logits import ALL, KEEP
 _RESEMBLES = 0.05  # of the mean magnitude
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SLACK = 1.01  # for ties, and for the arithmetic here
+_NORMS = {"RMSNormalization": 1e-5, "SkipSimplifiedLayerNormalization": 1e-12}  # with defaults
 _PLAIN_INPUTS = 3  # of MatMulNBits: activations, packed, scales; zero points would come next
 
 
@@ -41,10 +42,10 @@ class Reading:
 def read_bundle(bundle: Bundle, model: ClaDecoder) -> Reading:
     """Read a bundle's graphs beside the float32 model that it was exported from."""
     reading = _read_graph(bundle, bundle.graph, model)
-    if bundle.cpu_graph is not None:
-        faults = _read_graph(bundle, bundle.cpu_graph, model).faults
-        known = set(reading.faults)
-        reading.faults += [f"{bundle.cpu_graph.name}: {f}" for f in faults if f not in known]
+    known = set(reading.faults)
+    for graph in (bundle.cpu_graph, bundle.cuda_graph, bundle.cuda_plugin_graph):
+        faults = [] if graph is None else _read_graph(bundle, graph, model).faults
+        reading.faults += [f"{graph.name}: {f}" for f in faults if graph and f not in known]
     return reading
 
 
@@ -100,8 +101,9 @@ def _sharing(bundle: Bundle, path: Path) -> list[str]:
 def _norms(graph: ir.Graph, epsilon: float) -> list[str]:
     faults = []
     for node in graph:
-        if node.op_type == "RMSNormalization":
-            got = node.attributes.get_float("epsilon", 1e-5)
+        with_norm = node.op_type == "ClaLinear" and node.domain != "cla" and node.inputs[2]
+        if node.op_type in _NORMS or with_norm:
+            got = node.attributes.get_float("epsilon", _NORMS.get(node.op_type, 0.0))
             if not np.isclose(got, epsilon, rtol=1e-6, atol=0):
                 faults.append(f"{node.name}: epsilon is {got:g}; expected {epsilon:g}")
             if node.attributes.get_int("stash_type", 1) != 1:

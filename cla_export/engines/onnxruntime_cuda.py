@@ -314,6 +314,7 @@ def _open(
         "user_compute_stream": str(stream),
         "enable_cuda_graph": "1" if graphs else "0",
         "arena_extend_strategy": "kSameAsRequested",
+        "enable_skip_layer_norm_strict_mode": "1",  # statistics in float32
     }
     try:
         with _environment("ORT_ENABLE_XQA", "0"):  # rule 4

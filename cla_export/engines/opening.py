@@ -43,7 +43,8 @@ def open_executor(
     Args:
         bundle: an opened bundle.
         backend: one of `BACKENDS`; None: what the bundle was exported for. `torch` runs the model
-            folder it was exported from.
+            folder it was exported from. `onnxruntime` runs 16-bit bundles on a GPU where there is
+            one, and bfloat16 nowhere else.
         engine: folder of a TensorRT engine; None: the only one that the bundle has.
         capacity: tokens a slot can hold; None: all of the model's positions, or all that an engine
             was built for. An engine's is fixed.
@@ -58,6 +59,12 @@ def open_executor(
     asked, backend = backend, backend_of(bundle, backend)
     if engine is not None and backend not in FLAVOURS:
         raise BadInput(f"{engine}: {backend} takes no engine; engines are of {', '.join(FLAVOURS)}")
+    if backend == "onnxruntime" and bundle.cuda_graph is not None:
+        from cla_export.engines import onnxruntime_cuda
+
+        if bundle.dtype == "bfloat16" or onnxruntime_cuda.available():
+            made = onnxruntime_cuda.OnnxRuntimeCudaExecutor
+            return made(bundle, capacity=capacity, slots=slots or 1)
     if backend == "onnxruntime":
         from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 
@@ -72,10 +79,10 @@ def open_executor(
     from cla_export.engines.tensorrt import TensorRTExecutor
 
     flavour = backend if engine is None else asked
-    made = TensorRTExecutor(bundle, engine, flavour=flavour, slots=slots)
-    if capacity is not None and capacity != made.capacity:
+    opened = TensorRTExecutor(bundle, engine, flavour=flavour, slots=slots)
+    if capacity is not None and capacity != opened.capacity:
         raise BadInput(
-            f"capacity is {capacity}; {made.folder} was built for {made.capacity}: build it again "
-            f"with --capacity {capacity}"
+            f"capacity is {capacity}; {opened.folder} was built for {opened.capacity}: build it "
+            f"again with --capacity {capacity}"
         )
-    return made
+    return opened

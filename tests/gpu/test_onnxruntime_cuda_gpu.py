@@ -12,6 +12,7 @@ from cla_export.bundle import Bundle
 from cla_export.compare.gate import compare_bundle
 from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
+from cla_export.engines.opening import open_executor
 from cla_export.errors import BadInput, RunError
 
 pytestmark = pytest.mark.skipif(
@@ -114,3 +115,12 @@ def test_wrong_steps_are_refused(zoo: Zoo, stock: bool) -> None:
 def test_device_bytes(zoo: Zoo, stock: bool) -> None:
     executor = opened(zoo.bundle("onnxruntime", "fp16", **PLAIN), stock=stock, slots=2)
     assert executor.device_bytes["caches"] == 2 * 2 * 2 * 64 * 16 * 2
+
+
+def test_what_the_command_line_opens(zoo: Zoo, dtype: str) -> None:
+    """Parity and generation take the GPU by themselves where a bundle has a graph for it."""
+    bundle = zoo.bundle("onnxruntime", dtype, **PLAIN)
+    assert isinstance(open_executor(bundle, capacity=16), OnnxRuntimeCudaExecutor)
+    report = compare_bundle(bundle)
+    assert report.passed
+    assert any("an engine shows no values inside" in note for note in report.notes)
