@@ -86,13 +86,20 @@ class LoadedModel:
             )
         for start in range(0, len(prompt), _CHUNK):
             logits = self.executor.prefill(0, prompt[start : start + _CHUNK], start)[-1]
+        token = sampler.pick(logits)
         for length in range(len(prompt), min(capacity, len(prompt) + max_new_tokens)):
-            token = sampler.pick(logits)
             if token in self.eos:
                 return
             yield token
             if length + 1 < len(prompt) + max_new_tokens:
-                logits = self.executor.decode([0], [token], [length])[0]
+                token = self._next(token, length, sampler)
+
+    def _next(self, token: int, length: int, sampler: Sampler) -> int:
+        """The token after one that the slot, which holds `length`, is given."""
+        greedy = getattr(self.executor, "decode_greedy", None)
+        if sampler.greedy and greedy is not None:  # only the choice leaves the device
+            return int(greedy([0], [token], [length])[0, 0])
+        return sampler.pick(self.executor.decode([0], [token], [length])[0])
 
 
 def load(

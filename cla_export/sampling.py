@@ -18,9 +18,14 @@ class Sampler:
         self._top_p = top_p
         self._generator = np.random.default_rng(seed)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self._temperature == 0
+
     def pick(self, logits: Logits) -> int:
         """The next token for logits [V]."""
-        if self._temperature == 0:
+        if self.greedy:
             return int(logits.argmax())
         scaled = logits.astype(np.float64) / self._temperature
         weights = np.exp(scaled - scaled.max())

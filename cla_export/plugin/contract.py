@@ -106,6 +106,8 @@ CLA_ATTENTION = Contract(
         "what the cache holds at j >= kv_lengths[b] has no influence, whatever it is",
         "every element of y is written",
         "the same inputs give the same bits",
+        "in ONNX Runtime q and y may be packed, [B, S, Hq * D]; on a CPU the dtype is float32, and "
+        "head dims are 16 or more, odd ones too",
     ),
 )
 

@@ -1,0 +1,109 @@
+"""Our operators in graphs for GPUs: what is rewritten, what is left, and that the sources compile.
+
+What they compute is checked on a GPU, in tests/gpu.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+from models_zoo import Zoo
+
+from cla_export.compare.reading import read_bundle
+from cla_export.engines.cuda_operators import own_nodes
+from cla_export.graph_reading import read_graph
+from cla_export.plugin import compile_cpu
+from cla_export.plugin.compile import compile_operators
+
+PLAIN = {"kv_owner": (0, 0, 2, 2), "num_key_value_heads": 1}
+STRICT = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared")
+
+
+def graph_of(zoo: Zoo, dtype: str = "fp16", **model: object) -> ir.Graph:
+    path = zoo.bundle("onnxruntime", dtype, **model).cuda_plugin_graph
+    assert path is not None
+    return ir.load(path).graph
+
+
+def ours(graph: ir.Graph) -> Counter[str]:
+    return Counter(node.op_type for node in graph if node.domain.startswith("cla."))
+
+
+@pytest.mark.parametrize(("dtype", "domain"), [("fp16", "cla.float16"), ("bf16", "cla.bfloat16")])
+def test_a_plain_model(zoo: Zoo, dtype: str, domain: str) -> None:
+    graph = graph_of(zoo, dtype, **PLAIN)
+    assert ours(graph) == {
+        "ClaLinear": 4 * 4 + 1,  # qkv or q, o, gate and up, down; the head
+        "ClaRotateAppend": 2,
+        "ClaRotate": 2,
+        "ClaAttention": 4,
+    }
+    left = Counter(node.op_type for node in graph)
+    for gone in ("RMSNormalization", "MatMul", "RotaryEmbedding", "TensorScatter", "Sigmoid"):
+        assert gone not in left
+    assert {node.domain for node in graph if node.domain} == {domain}
+    linears = [node for node in graph if node.op_type == "ClaLinear"]
+    assert sum(node.attributes.get_int("gated") for node in linears) == 4
+    assert sum(bool(node.inputs[2]) for node in linears) == 4 + 4 + 1, (
+        "norms: two a layer, one last"
+    )
+    assert sum(bool(node.inputs[3]) for node in linears) == 8, "residuals: two a layer"
+
+
+def test_sharing_weights_and_norms_are_read_from_it(zoo: Zoo) -> None:
+    bundle = zoo.bundle("onnxruntime", "fp16", **PLAIN)
+    assert bundle.cuda_plugin_graph is not None
+    _, layout, _, _ = read_graph(bundle.cuda_plugin_graph)
+    assert layout == bundle.layout
+    assert read_bundle(bundle, zoo.model(**PLAIN)).faults == []
+    assert any("model.cuda.plugin.onnx" in line for line in bundle.attention_choices())
+
+
+def test_every_node_has_a_number_of_its_own(zoo: Zoo) -> None:
+    bundle = zoo.bundle("onnxruntime", "fp16", **PLAIN)
+    assert bundle.cuda_plugin_graph is not None
+    nodes = own_nodes(bundle.cuda_plugin_graph)
+    assert sorted(nodes) == list(range(25))
+    scales = {node["scale"] for node in nodes.values() if "scale" in node}
+    assert scales == {0.25}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"kv_owner": (0, 0), "attention_bias": True},
+        {"kv_owner": (0, 0), "qk_norm": True},
+        {"kv_owner": (0, 0), "separate_kv_norm": True},
+        {"kv_owner": (0, 0), "head_dim": 10},
+    ],
+    ids=["biases", "norms of q and k", "a norm for k and v", "head dim 10"],
+)
+def test_attention_of_another_kind_is_left(zoo: Zoo, model: dict[str, object]) -> None:
+    graph = graph_of(zoo, **model)
+    found = ours(graph)
+    assert "ClaAttention" not in found
+    assert found["ClaLinear"] >= 2 * 2, "gate and up, down"
+    bundle = zoo.bundle("onnxruntime", "fp16", **model)
+    assert {group["cuda_plugin_attention"] for group in bundle.manifest["groups"]} != {
+        "ClaAttention"
+    }
+
+
+def test_a_bias_is_no_residual(zoo: Zoo) -> None:
+    for node in graph_of(zoo, kv_owner=(0, 0), attention_bias=True):
+        if node.op_type == "ClaLinear" and node.inputs[3] is not None:
+            assert not node.inputs[3].is_initializer()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_kernels_compile(capability: tuple[int, int], bf16: bool) -> None:
+    for tokens in (1, 4):
+        assert compile_operators(bf16, tokens, capability, None).code
+
+
+@pytest.mark.parametrize("source", [compile_cpu.ATTENTION, compile_cpu.HOST_OPERATORS])
+def test_sources_compile_without_a_warning(tmp_path: Path, source: Path) -> None:
+    compiler = compile_cpu.compiler()
+    assert compile_cpu.build(compiler, tmp_path, STRICT, source).is_file()
