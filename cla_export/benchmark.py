@@ -27,6 +27,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from cla_export import __version__
 from cla_export.bandwidth import read_bandwidth
 from cla_export.bundle import Bundle, Progress, open_bundle
+from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.executor import Executor
 from cla_export.engines.onnxruntime import graph_of
 from cla_export.engines.opening import backend_of, open_executor
@@ -170,7 +171,7 @@ def bench(
             for the floor.
         progress: called with (what, cells done, of).
 
-    A floor is given for `onnxruntime`, which runs on a CPU. Peak memory is that of the process from
+    A floor is given for `onnxruntime` on a CPU. Peak memory is that of the process from
     the opening of each cell's executor on; outside Linux, where it cannot be reset, from the
     process's start.
 
@@ -189,7 +190,7 @@ def bench(
     cells = list(_cells(bundle, batches, contexts, phases, steps, prompt))
     if not cells:
         raise BadInput("nothing to measure; give a phase and, for decode, a batch and a context")
-    on_cpu = runs_on == "onnxruntime"
+    on_cpu = runs_on == "onnxruntime" and not onnxruntime_cuda.takes(bundle)
     rows, readings = [], []
     for index, cell in enumerate(cells):
         progress(_name(cell.phase, cell.batch, cell.context), index, len(cells))

@@ -177,8 +177,7 @@ def _executor_of(
     """What runs all cases; None for ONNX Runtime on a CPU, which each step opens anew."""
     if backend != "onnxruntime" or engine is not None:
         return open_executor(bundle, target, engine=engine)
-    on_gpu = bundle.cuda_graph is not None and onnxruntime_cuda.available()
-    if not on_gpu and bundle.dtype != "bfloat16":
+    if not onnxruntime_cuda.takes(bundle):
         return None
     most = min(bundle.max_positions, _ON_GPU)
     return open_executor(bundle, target, capacity=most, slots=_SLOTS)

@@ -101,7 +101,7 @@ def _sharing(bundle: Bundle, path: Path) -> list[str]:
 def _norms(graph: ir.Graph, epsilon: float) -> list[str]:
     faults = []
     for node in graph:
-        with_norm = node.op_type == "ClaLinear" and node.domain != "cla" and node.inputs[2]
+        with_norm = node.op_type == "ClaLinear" and any(node.inputs[2:3])
         if node.op_type in _NORMS or with_norm:
             got = node.attributes.get_float("epsilon", _NORMS.get(node.op_type, 0.0))
             if not np.isclose(got, epsilon, rtol=1e-6, atol=0):

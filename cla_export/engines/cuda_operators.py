@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class _Call(ctypes.Structure):
 
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Call))
-_by_stream: dict[int, "CudaOperators"] = {}
+_by_stream: "WeakValueDictionary[int, CudaOperators]" = WeakValueDictionary()
 
 
 @_CALLBACK  # type: ignore[untyped-decorator]

@@ -276,6 +276,11 @@ def graph_of(bundle: Bundle, *, stock: bool = False) -> tuple[Path, Path | None]
         return bundle.cuda_graph, None
 
 
+def takes(bundle: Bundle) -> bool:
+    """Whether a bundle is run on a GPU here: a 16-bit one where there is one, bfloat16 anyway."""
+    return bundle.cuda_graph is not None and (bundle.dtype == "bfloat16" or available())
+
+
 def available() -> bool:
     """Whether ONNX Runtime has its CUDA provider here, and a GPU is there."""
     try:

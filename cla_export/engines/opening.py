@@ -59,15 +59,13 @@ def open_executor(
     asked, backend = backend, backend_of(bundle, backend)
     if engine is not None and backend not in FLAVOURS:
         raise BadInput(f"{engine}: {backend} takes no engine; engines are of {', '.join(FLAVOURS)}")
-    if backend == "onnxruntime" and bundle.cuda_graph is not None:
-        from cla_export.engines import onnxruntime_cuda
-
-        if bundle.dtype == "bfloat16" or onnxruntime_cuda.available():
-            made = onnxruntime_cuda.OnnxRuntimeCudaExecutor
-            return made(bundle, capacity=capacity, slots=slots or 1)
     if backend == "onnxruntime":
+        from cla_export.engines import onnxruntime_cuda
         from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 
+        if onnxruntime_cuda.takes(bundle):
+            on_gpu = onnxruntime_cuda.OnnxRuntimeCudaExecutor
+            return on_gpu(bundle, capacity=capacity, slots=slots or 1)
         return OnnxRuntimeExecutor(bundle, capacity=capacity, slots=slots or 1, threads=threads)
     if backend == "torch":
         from cla_export.engines.torch import TorchExecutor
