@@ -270,8 +270,8 @@ class _Run:
         return not self.stock and self.report.divergence is not None
 
     def _name(self, case: Case) -> str:
-        """The case's name, and the graph's if it is not the bundle's own."""
-        return case.name if self.stock else f"{case.name}, {CPU_GRAPH}"
+        """The case's name; those that ran the graph for CPUs say so."""
+        return case.name if self.stock else f"{case.name} (cpu)"
 
     def _steps(self, executor: MarkedExecutor, case: Case) -> tuple[list[Difference], list[Call]]:
         calls = run_marked(executor, case, self.held)
