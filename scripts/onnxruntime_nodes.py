@@ -3,9 +3,7 @@
 Needs onnxruntime-gpu; `import torch` comes first, so that its CUDA libraries are found.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 
 import onnx
@@ -13,6 +11,8 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor
+
+from cla_export.engines.onnxruntime_cuda import environment_variable
 
 TYPES = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
 OPSET, IR = 24, 11
@@ -57,7 +57,7 @@ class GroupQueryAttentionNodes:
             "enable_cuda_graph": "1",
             "user_compute_stream": str(self._stream.cuda_stream),
         }
-        with _environment("ORT_ENABLE_XQA", "1" if xqa else "0"):
+        with environment_variable("ORT_ENABLE_XQA", "1" if xqa else "0"):
             self._session = onnxruntime.InferenceSession(
                 graph.SerializeToString(), options, [("CUDAExecutionProvider", provider)]
             )
@@ -137,16 +137,3 @@ def _model(
     graph = helper.make_graph(nodes, "nodes", inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR)
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

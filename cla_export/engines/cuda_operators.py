@@ -110,6 +110,11 @@ class CudaOperators:
         ctypes.CDLL(str(library)).cla_set_callback(_dispatch)
         _by_stream[memory.stream] = self
 
+    def take_error(self) -> Exception | None:
+        """What the last launch that failed raised, once: a later failure is not its own."""
+        error, self.error = self.error, None
+        return error
+
     def launch(self, call: _Call) -> None:
         """Queue a node's kernels."""
         node = self._nodes[call.node]

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cla_export.bundle import Bundle
 from cla_export.errors import BadInput
 from cla_export.layout import KVLayout
 
@@ -129,6 +130,14 @@ class PooledExecutor(ABC):
     @abstractmethod
     def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
         """As `Executor.write`."""
+
+
+def capacity_of(bundle: Bundle, wanted: int | None) -> int:
+    """Tokens of a slot: those wanted, or all of the model's positions; BadInput if it has fewer."""
+    limit = bundle.max_positions
+    if wanted is not None and wanted > limit:
+        raise BadInput(f"capacity is {wanted}; the model has {limit} positions")
+    return limit if wanted is None else wanted
 
 
 def _consecutive(slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cla_export.bundle import GRAPH, Bundle
-from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
+from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor, capacity_of
 from cla_export.errors import BadInput, MissingEnvironment, RunError
 from cla_export.plugin import compile_cpu
 from cla_export.rewrite.keep_last_logits import KEEP
@@ -58,10 +58,7 @@ class OnnxRuntimeExecutor(PooledExecutor):
                 f"{bundle.folder}: dtype {bundle.dtype}; ONNX Runtime's CPU provider computes "
                 f"{' and '.join(_NUMPY)}. Export with --dtype fp32, or run it on a GPU"
             )
-        limit = bundle.max_positions
-        if capacity is not None and capacity > limit:
-            raise BadInput(f"capacity is {capacity}; the model has {limit} positions")
-        capacity = limit if capacity is None else capacity
+        capacity = capacity_of(bundle, capacity)
         super().__init__(bundle.layout, capacity, slots, bundle.vocab_size)
         self.graph, library = graph_of(bundle, stock=stock)
         self._ort, self._session = _open(self.graph, threads, change, library)

@@ -32,7 +32,7 @@ from cla_export.bundle import CUDA_GRAPH, CUDA_PLUGIN_GRAPH, Bundle
 from cla_export.engines.cuda_memory import CudaMemory, Memory
 from cla_export.engines.cuda_operators import CudaOperators, own_nodes
 from cla_export.engines.device_pools import DevicePools, Inputs
-from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
+from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor, capacity_of
 from cla_export.errors import BadInput, BundleError, MissingEnvironment, RunError
 from cla_export.plugin import compile_cpu
 from cla_export.rewrite.keep_last_logits import KEEP
@@ -42,7 +42,6 @@ PROVIDER = "CUDAExecutionProvider"
 _CHUNK = 2048  # prompt tokens of one call
 _INT64 = 7  # ONNX's numbers of element types
 _TYPES: dict[str, tuple[Any, int]] = {
-    "float32": (np.float32, 1),
     "float16": (np.float16, 10),
     "bfloat16": (ml_dtypes.bfloat16, 16),
 }
@@ -82,10 +81,8 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         graphs: bool = True,
         stock: bool = False,
     ) -> None:
-        limit = bundle.max_positions
-        if capacity is not None and capacity > limit:
-            raise BadInput(f"capacity is {capacity}; the model has {limit} positions")
-        super().__init__(bundle.layout, capacity or limit, slots, bundle.vocab_size)
+        capacity = capacity_of(bundle, capacity)
+        super().__init__(bundle.layout, capacity, slots, bundle.vocab_size)
         self.graph, library = graph_of(bundle, stock=stock)
         self._graphs = graphs
         self._dtype, self._kind = _TYPES[bundle.dtype]
@@ -233,7 +230,7 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         try:
             self._session.run_with_iobinding(binding, options)
         except Exception as error:  # ONNX Runtime's own exception types derive from it alone
-            own = None if self._operators is None else self._operators.error
+            own = None if self._operators is None else self._operators.take_error()
             if own is not None:
                 raise own from error
             raise RunError(
@@ -322,7 +319,7 @@ def _open(
         "enable_skip_layer_norm_strict_mode": "1",  # statistics in float32
     }
     try:
-        with _environment("ORT_ENABLE_XQA", "0"):  # rule 4
+        with environment_variable("ORT_ENABLE_XQA", "0"):  # rule 4
             session = onnxruntime.InferenceSession(
                 str(graph), options, providers=[(PROVIDER, provider), "CPUExecutionProvider"]
             )
@@ -336,7 +333,8 @@ def _open(
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set within the block, and as it was after it."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from cla_export.layout import Group, KVLayout
-from cla_export.lower import onnxruntime_cuda
+from cla_export.lower import cla_attention, onnxruntime_cuda
 from cla_export.lower.fuse_rounded_rotary import fuse_rounded_rotary
 from cla_export.lower.linears import linear_weight
 from cla_export.lower.pack_heads import packed, replace_unpacked
@@ -28,7 +28,6 @@ from cla_export.rewrite.values import attention_nodes, heads_and_dim, producer
 
 DOMAINS = {ir.DataType.FLOAT16: "cla.float16", ir.DataType.BFLOAT16: "cla.bfloat16"}
 _CHUNK = 8  # numbers of a load: products are over multiples of it
-_INT32 = ir.DataType.INT32
 
 
 def lower(model: ir.Model, layout: KVLayout) -> list[tuple[str, str]]:
@@ -140,8 +139,8 @@ class _Rewriter:
         presents: list[ir.Value],
     ) -> list[ir.Value]:
         """Rotation, cache and attention of one layer; returns the group's presents."""
-        query, length = node.inputs[0], node.inputs[6]
-        assert query is not None and length is not None
+        query = node.inputs[0]
+        assert query is not None
         heads, dim = heads_and_dim(query, node, "query")
         shape = ir.Shape(["batch", "sequence", heads * dim])
         starts = next(value for value in self.graph.inputs if value.name == "write_indices")
@@ -155,30 +154,13 @@ class _Rewriter:
                 scatter = producer(value, "TensorScatter")
                 assert scatter is not None and value is not None
                 inputs.append(scatter.inputs[0])
-                present = ir.Value(name=value.name, type=value.type, shape=value.shape)
-                value.name = f"{value.name}/scattered"
-                self.graph.outputs[self.graph.outputs.index(value)] = present
-                value.replace_all_uses_with(present)
-                presents = [*presents, present]
+                presents = [*presents, cla_attention.moved(self.graph, value)]
             outputs += presents
         metadata = {**node.metadata_props, GROUP: str(group.index)}
         self._node(kind, inputs, {}, outputs, f"{name}/{kind}", {GROUP: str(group.index)})
-        if length not in self._frontiers:
-            self._frontiers[length] = self._build.op(
-                "Cast",
-                [length],
-                {"to": int(_INT32)},
-                shape=["batch"],
-                dtype=_INT32,
-                name="lengths/frontier_int32",
-            )
+        lengths = cla_attention.frontier(self._build, node.inputs[6], self._frontiers)
         y = ir.Value(name=f"{name}/ClaAttention", type=query.type, shape=shape)
-        attributes: dict[str, int | float] = {
-            "scale": node.attributes.get_float("scale", 1.0 / dim**0.5),
-            "window": group.window or 0,
-            "softcap": node.attributes.get_float("softcap", 0.0),
-        }
-        lengths = self._frontiers[length]
+        attributes = cla_attention.attributes(node, group, dim)
         self._node("ClaAttention", [q, *presents, lengths], attributes, [y], str(y.name), metadata)
         replace_unpacked(self._build, node.outputs[0], y, heads, dim)
         return presents

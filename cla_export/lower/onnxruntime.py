@@ -17,6 +17,7 @@ Source: com.microsoft.GroupQueryAttention, version 1, as of ONNX Runtime 1.31.
 import onnx_ir as ir
 
 from cla_export.layout import Group, KVLayout
+from cla_export.lower.cla_attention import moved
 from cla_export.lower.fuse_rounded_rotary import fuse_rounded_rotary
 from cla_export.lower.pack_heads import packed, replace_unpacked
 from cla_export.rewrite.builder import Builder
@@ -117,7 +118,7 @@ def _lower_group(
         assert scatter.inputs[1] is not None
         pasts.append(scatter.inputs[0])
         new.append(packed(build, scatter.inputs[1]))
-        presents.append(_moved(graph, scatter.outputs[0]))
+        presents.append(moved(graph, scatter.outputs[0]))
     owner, *sharers = nodes
     _replace(graph, build, group, owner, [*new, *pasts, *counts], presents)
     if sharers:
@@ -160,15 +161,6 @@ def _replace(
     )
     graph.append(fused)
     replace_unpacked(build, node.outputs[0], y, heads, dim)
-
-
-def _moved(graph: ir.Graph, present: ir.Value) -> ir.Value:
-    """A new value that takes over a present output's name, type, readers and place."""
-    value = ir.Value(name=present.name, type=present.type, shape=present.shape)
-    present.name = f"{present.name}/scattered"
-    graph.outputs[graph.outputs.index(present)] = value
-    present.replace_all_uses_with(value)
-    return value
 
 
 def _zero_length(build: Builder, key: ir.Value, group: int) -> ir.Value:

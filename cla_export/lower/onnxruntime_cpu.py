@@ -16,6 +16,7 @@ for all of them, and takes any mix of prompts, chunks and steps in one call. Bot
 import onnx_ir as ir
 
 from cla_export.layout import Group, KVLayout
+from cla_export.lower import cla_attention
 from cla_export.lower.pack_heads import packed, replace_unpacked
 from cla_export.plugin.contract import DOMAIN, MAX_HEAD_DIM
 from cla_export.rewrite.builder import Builder
@@ -24,7 +25,6 @@ from cla_export.rewrite.thread_caches import GROUP
 from cla_export.rewrite.values import attention_nodes, heads_and_dim, producer
 
 MIN_HEAD_DIM = 16  # floats of the widest vector that the operator may be compiled for
-_INT32 = ir.DataType.INT32
 
 
 def lower(model: ir.Model, layout: KVLayout) -> list[tuple[str, str]]:
@@ -66,30 +66,17 @@ def _lower_group(
 ) -> None:
     presents = _append(graph, build, group, nodes[0])
     for node in nodes:
-        query, length = node.inputs[0], node.inputs[6]
-        assert query is not None and length is not None
-        if length not in frontiers:
-            frontiers[length] = build.op(
-                "Cast",
-                [length],
-                {"to": int(_INT32)},
-                shape=["batch"],
-                dtype=_INT32,
-                name="lengths/frontier_int32",
-            )
+        query = node.inputs[0]
+        assert query is not None
+        lengths = cla_attention.frontier(build, node.inputs[6], frontiers)
         heads, dim = heads_and_dim(query, node, "query")
         name = str(node.name).replace("/Attention", "/ClaAttention")
         y = ir.Value(name=name, type=query.type, shape=ir.Shape(["batch", "sequence", heads * dim]))
-        attributes: dict[str, int | float] = {
-            "scale": node.attributes.get_float("scale", 1.0 / dim**0.5),
-            "window": group.window or 0,
-            "softcap": node.attributes.get_float("softcap", 0.0),
-        }
         graph.append(
             ir.node(
                 "ClaAttention",
-                [packed(build, query), *presents, frontiers[length]],
-                attributes,
+                [packed(build, query), *presents, lengths],
+                cla_attention.attributes(node, group, dim),
                 outputs=[y],
                 domain=DOMAIN,
                 name=name,
@@ -109,11 +96,7 @@ def _append(graph: ir.Graph, build: Builder, group: Group, owner: ir.Node) -> li
         assert past is not None and update is not None
         pasts.append(past)
         new.append(packed(build, update))
-        present = ir.Value(name=value.name, type=value.type, shape=value.shape)
-        value.name = f"{value.name}/scattered"
-        graph.outputs[graph.outputs.index(value)] = present
-        value.replace_all_uses_with(present)
-        presents.append(present)
+        presents.append(cla_attention.moved(graph, value))
     graph.append(
         ir.node(
             "ClaAppend",

@@ -1,7 +1,7 @@
 /* ClaAttention, ClaAppend and ClaLinear on a CPU, in float32, as custom operators of ONNX Runtime.
  *
- * ClaAttention: each key and value of a cache is read once per block of query rows, and in decode that is once
- * per key/value head: the query heads that share it are the rows. Work is split by row of the
+ * ClaAttention reads each key and value of a cache once per block of query rows, and in decode that
+ * is once per key/value head: the query heads that share it are the rows. Work is split by row of the
  * batch, key/value head, block of rows and range of keys, so one long row keeps all threads busy; a
  * row's ranges depend on its own lengths alone, so its bits do not depend on its neighbours or on
  * the number of threads. The last range of a block to finish merges them (flash decoding).
@@ -10,8 +10,8 @@
  *   lanes  row r of a tile is lane r of a vector: every key element times a vector of queries
  *   dots   few rows: a vector along the head dim for each key and row, then a transposing sum
  *
- * ClaLinear is the same loops with a weight's rows for keys and tokens for queries. It reads a
- * weight as the checkpoint has it, so weights are in memory once, and shared with the file.
+ * ClaLinear reads a weight as the checkpoint has it, so weights are in memory once, and shared with
+ * the file: each of its rows is multiplied with a few tokens at a time, along the columns.
  *
  * Compiled for the machine it runs on, with GCC's vector extensions: any architecture will do.
  */
@@ -35,7 +35,7 @@ enum {
   TILES = 4,       /* tiles of LANES rows that share a block of keys */
   RANGES = 16,     /* most ranges of keys that a block of rows is split into */
   MAX_DIM = 512,
-  COLUMNS = 1024,/* of a weight at a time, where tokens are many: a tile's stay in L1 */
+  COLUMNS = 1024,  /* of a weight at a time, where tokens are many: a tile's stay in L1 */
   TOKENS = 128,    /* of a task: their columns stay in L2 */
 };
 
@@ -99,7 +99,7 @@ static void score_lanes(const float *restrict k, const float *restrict queries,
   }
 }
 
-/* Two vectors as one of sums: lanes without `WIDTH` in their number from v, the others from w. */
+/* Two vectors as one of sums: lanes without `width` in their number from v, the others from w. */
 #define LOW(i, width) ((i) & (width) ? ((i) & ~(width)) + LANES : (i) & ~(width))
 #define HIGH(i, width) (LOW(i, width) + (width))
 #define LANES_4(f, i, width) f(i, width), f(i + 1, width), f(i + 2, width), f(i + 3, width)
@@ -315,7 +315,6 @@ static void pack(const Call *c, const float *q, int first, int rows, float *pack
   }
 }
 
-
 /* Lane i takes the value of all lanes of its row, by `of` two at a time. */
 INLINE vec fold(vec v, int stride, vec (*of)(vec, vec)) {
   for (int width = LANES / 2; width >= stride; width /= 2) {
@@ -419,7 +418,7 @@ static void attend(void *data, size_t index) {
   const float *v = c->values + ((int64_t)b * c->kv_heads + h) * c->capacity * c->dim;
   const float *q = c->q + (int64_t)b * c->q_heads * c->queries * c->dim + h * c->group * c->q_head;
   int tile_rows = c->stride, tiles = (rows + tile_rows - 1) / tile_rows;
-  size_t tile_queries = (size_t)c->width * (c->stride == LANES ? LANES : c->stride);
+  size_t tile_queries = (size_t)c->width * c->stride;
   size_t floats = tiles * tile_queries + BLOCK * LANES + (used == 1 ? state_floats(c) : 0);
   float *memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
   if (!memory) abort();
