@@ -50,8 +50,8 @@ def compiler() -> list[str]:
     if find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "cc"]
     raise MissingEnvironment(
-        f"no C compiler ({', '.join(_COMPILERS)}, ziglang); the fast attention for CPUs is "
-        f"compiled where it runs: {_INSTALL}"
+        f"no C compiler ({', '.join(_COMPILERS)}, ziglang); operators for ONNX Runtime are "
+        f"compiled where they run: {_INSTALL}"
     )
 
 
@@ -72,7 +72,7 @@ def build(
 ) -> Path:
     """Compile into a folder, or find there what was compiled from the same."""
     if os.name != "posix":
-        raise MissingEnvironment("the fast attention for CPUs is built on Linux and macOS only")
+        raise MissingEnvironment("operators for ONNX Runtime are built on Linux and macOS only")
     path = cache / f"{source.stem}-{_key(command, options, source)}.so"
     if path.is_file():
         return path
@@ -84,7 +84,7 @@ def build(
             made.replace(path)
     except OSError as error:
         raise MissingEnvironment(
-            f"{shlex.join(command)}: cannot compile the fast attention for CPUs into {cache} "
+            f"{shlex.join(command)}: cannot compile operators for ONNX Runtime into {cache} "
             f"({error}); {_INSTALL}"
         ) from error
     return path

@@ -1,11 +1,11 @@
-/* Operators of ONNX Runtime's CUDA provider whose kernels are launched by whoever opened the session.
+/* Operators of ONNX Runtime's CUDA provider: whoever opened the session launches their kernels.
  *
  * A node's compute function collects the addresses and shapes of its inputs and outputs and hands
  * them to a callback, with the stream. Decode runs as a CUDA graph, so that happens once for each
  * number of rows, and what the host does then costs nothing later.
  *
- *   ClaLinear(x, w, norm?, residual?) -> y            norm(x) w^T + residual, or gated: SwiGLU of both
- *   ClaRotate(q, cos, sin, starts) -> q               rotated queries
+ *   ClaLinear(x, w, norm?, residual?) -> y    norm(x) w^T + residual, or gated: SwiGLU of both
+ *   ClaRotate(q, cos, sin, starts) -> q       rotated queries
  *   ClaRotateAppend(qkv, cos, sin, starts, past, past) -> q, present, present
  *   ClaAttention(q, keys, values, lengths) -> y
  *
@@ -156,7 +156,7 @@ static void release(int *from, int *to) { free(from), free(to); }
     .CreateKernelV2 = create, .KernelComputeV2 = compute, .GetStartVersion = version,              \
     .GetEndVersion = version,                                                                      \
     .GetMayInplace = which == LINEAR ? sum_in_place : nothing_in_place,                            \
-    .ReleaseMayInplace = release, .GetAliasMap = nothing_in_place, .ReleaseAliasMap = release},                                                                     \
+    .ReleaseMayInplace = release, .GetAliasMap = nothing_in_place, .ReleaseAliasMap = release},    \
    which, in, out, type}
 #define OPERATORS(type)                                                            \
   {OPERATOR(LINEAR, 4, 1, type), OPERATOR(ROTATE, 4, 1, type),                     \

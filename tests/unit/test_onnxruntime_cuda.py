@@ -1,6 +1,7 @@
 """The graph for NVIDIA GPUs: its nodes, and its numbers, on ONNX Runtime's CPU provider."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ import torch
 from models_zoo import Zoo, make_spec, stateless_kv, stateless_logits, tokens_of
 
 from cla_export.bundle import Bundle
+from cla_export.engines.cuda_operators import CudaOperators
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
+from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
+from cla_export.errors import BadInput, RunError
 from cla_export.graph_reading import read_graph
 from cla_export.graph_text import from_text
 from cla_export.lower import CUDA, lower
@@ -500,3 +504,22 @@ def test_norms_that_are_something_else(changes: dict[str, str]) -> None:
     assert fuse_norms(model) == 0
     assert count(model.graph)["RMSNormalization"] == 2
     assert "com.microsoft" not in model.opset_imports
+
+
+class _Refused:
+    """A session whose every run fails, as ONNX Runtime's do."""
+
+    def run_with_iobinding(self, binding: object, options: object) -> None:
+        raise RuntimeError("the kernel could not be launched")
+
+
+def test_what_a_launch_raised_is_not_blamed_for_the_next_failure() -> None:
+    operators = CudaOperators.__new__(CudaOperators)
+    operators.error = BadInput("head dim 7")
+    executor = OnnxRuntimeCudaExecutor.__new__(OnnxRuntimeCudaExecutor)
+    executor._operators, executor._session = operators, _Refused()
+    executor._ort, executor.graph = onnxruntime, Path("model.onnx")
+    with pytest.raises(BadInput, match="head dim 7"):
+        executor._queue(None, None)
+    with pytest.raises(RunError, match="could not be launched"):
+        executor._queue(None, None)
