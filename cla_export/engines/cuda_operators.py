@@ -18,12 +18,10 @@ from cla_export.errors import MissingEnvironment, RunError
 from cla_export.lower.cuda_operators import DOMAINS
 from cla_export.plugin.compile import compile_operators
 from cla_export.plugin.contract import Problem
-from cla_export.plugin.launch import Launcher, Pointers
+from cla_export.plugin.launch import Launcher, Pointers, ProductPointers
+from cla_export.plugin.product import plan_product
 
 _LINEAR, _ROTATE, _ROTATE_APPEND, _ATTENTION = range(4)
-_FEW = 4  # tokens that `linear` takes; more are a matrix product
-_WARPS = 8  # of a block of `linear`
-_BLOCKS = 4  # of `linear`, a multiprocessor
 _THREADS = 256
 _WIDEST = 8192  # numbers that `rms_norm` takes
 _KINDS = {"float16": 2, "bfloat16": 14}  # cuBLAS's numbers of types
@@ -103,7 +101,7 @@ class CudaOperators:
         self._launcher = Launcher(device)
         self._core = importlib.import_module("cuda.core")
         self._stream = self._core.Stream.from_handle(memory.stream)
-        self._kernels: dict[tuple[str, int], Any] = {}
+        self._kernels: dict[str, Any] = {}
         self._rooms: dict[str, tuple[int, int]] = {}
         self._problems: dict[Problem, Any] = {}
         self._product = _Products(memory, dtype)
@@ -128,37 +126,43 @@ class CudaOperators:
 
     def _linear(self, call: _Call, node: dict[str, Any]) -> None:
         x, w, norm, residual = (call.inputs[i] for i in range(4))
-        y, gated = call.outputs[0], int(node["gated"])
+        y, gated = call.outputs[0], bool(node["gated"])
         rows, k = w.shape
         tokens, n = int(np.prod(x.shape[:-1])), rows // (2 if gated else 1)
-        epsilon = np.float32(node["epsilon"])
         if tokens == 0:
-            return
-        if tokens <= _FEW and k % 8 == 0:
-            blocks = min(-(-n // _WARPS), _BLOCKS * self._launcher.gpu.multiprocessors)
-            self._queue(
-                "linear", tokens, blocks, _WARPS * 32, tokens * k * 4, w.data, x.data,
-                norm.data or 0, residual.data or 0, y.data, np.int32(n), np.int32(k),
-                np.int32(gated), epsilon,
-            )  # fmt: skip
             return
         source = x.data
         if norm.data:
-            if k % 8 or k > _WIDEST:
-                raise RunError(f"a norm over {k} numbers; expected a multiple of 8 up to {_WIDEST}")
-            source = self._room("normed", tokens * k * 2)
-            self._queue(
-                "rms_norm", 1, tokens, _THREADS, 0, x.data, norm.data, source, np.int32(k), epsilon
-            )
-        target = self._room("both", tokens * rows * 2) if gated else y.data
-        if residual.data and residual.data != y.data:
-            self._memory.copy(residual.data, y.data, tokens * n * 2)
-        self._product.multiply(source, w.data, target, tokens, rows, k, add=bool(residual.data))
+            source = self._normed(x.data, norm.data, tokens, k, node["epsilon"])
+        plan = plan_product(tokens, n, k, self._launcher.gpu, gated=gated)
+        if plan is None:
+            self._multiply(source, w.data, residual.data, y.data, tokens, rows, k, gated=gated)
+            return
+        pointers = ProductPointers(w.data, source, y.data, residual.data or 0)
+        self._launcher.launch_product(
+            plan, self._dtype, pointers, (tokens, n, k), self._memory.stream, gated=gated
+        )
+
+    def _normed(self, x: int, norm: int, tokens: int, k: int, epsilon: float) -> int:
+        if k % 8 or k > _WIDEST:
+            raise RunError(f"a norm over {k} numbers; expected a multiple of 8 up to {_WIDEST}")
+        normed = self._room("normed", tokens * k * 2)
+        self._queue("rms_norm", tokens, _THREADS, x, norm, normed, np.int32(k), np.float32(epsilon))
+        return normed
+
+    def _multiply(
+        self, x: int, w: int, residual: int | None, y: int, tokens: int, rows: int, k: int,
+        *, gated: bool,
+    ) -> None:  # fmt: skip
+        """A product of many tokens, by cuBLAS."""
+        target = self._room("both", tokens * rows * 2) if gated else y
+        if residual and residual != y:
+            self._memory.copy(residual, y, tokens * rows * 2)
+        self._product.multiply(x, w, target, tokens, rows, k, add=bool(residual))
         if gated:
+            n = rows // 2
             blocks = -(-tokens * n // 2 // _THREADS)
-            self._queue(
-                "swiglu", 1, blocks, _THREADS, 0, target, y.data, np.int32(n), np.int32(tokens)
-            )
+            self._queue("swiglu", blocks, _THREADS, target, y, np.int32(n), np.int32(tokens))
 
     def _rotate(self, call: _Call, _node: dict[str, Any]) -> None:
         qkv, cosines, sines, starts = (call.inputs[i] for i in range(4))
@@ -185,7 +189,7 @@ class CudaOperators:
         )
         threads = min(1024, -(-(width // 4 + kv_heads * half * 2) // 32) * 32)
         self._queue(
-            "rotate", 1, batch * queries, threads, 0, qkv.data, cosines.data, sines.data,
+            "rotate", batch * queries, threads, qkv.data, cosines.data, sines.data,
             starts.data, q.data, keys, values, *map(np.int32, numbers),
         )  # fmt: skip
 
@@ -216,40 +220,22 @@ class CudaOperators:
             asked, made = self._room("asked", size), self._room("made", size)
             self._swap(q.data, asked, batch, queries, problem.query_heads, dim)
         pointers = Pointers(asked, keys.data, values.data, lengths.data, made, workspace)
-        self._launcher.launch(problem, plan, pointers, self._memory.stream)
+        self._launcher.launch(problem, plan, pointers, self._memory.stream, overlap=True)
         if queries > 1:
             self._swap(made, y.data, batch, problem.query_heads, queries, dim)
 
     def _swap(self, source: int, target: int, batch: int, a: int, b: int, dim: int) -> None:
-        self._queue("swap", 1, batch * a * b, 64, 0, source, target, *map(np.int32, (a, b, dim)))
+        self._queue("swap", batch * a * b, 64, source, target, *map(np.int32, (a, b, dim)))
 
-    def _queue(
-        self,
-        name: str,
-        tokens: int,
-        blocks: int,
-        threads: int,
-        shared: int,
-        *arguments: Any,  # noqa: ANN401
-    ) -> None:
-        kernel = self._kernel(name, tokens)
+    def _queue(self, name: str, blocks: int, threads: int, *arguments: Any) -> None:  # noqa: ANN401
+        gpu = self._launcher.gpu
+        if name not in self._kernels:
+            module = compile_operators(self._dtype == "bfloat16", gpu.compute_capability)
+            self._kernels[name] = module.get_kernel(name)
         config = self._core.LaunchConfig(
-            grid=blocks,
-            block=threads,
-            shmem_size=shared,
-            programmatic_stream_serialization=self._launcher.gpu.has_clusters,
+            grid=blocks, block=threads, programmatic_stream_serialization=gpu.has_clusters
         )
-        self._core.launch(self._stream, config, kernel, *arguments)
-
-    def _kernel(self, name: str, tokens: int) -> Any:  # noqa: ANN401
-        if (name, tokens) not in self._kernels:
-            gpu = self._launcher.gpu
-            module = compile_operators(self._dtype == "bfloat16", tokens, gpu.compute_capability)
-            kernel = module.get_kernel(name)
-            if name == "linear":
-                self._launcher.allow_shared_memory(kernel, gpu.shared_per_block - 1024)
-            self._kernels[name, tokens] = kernel
-        return self._kernels[name, tokens]
+        self._core.launch(self._stream, config, self._kernels[name], *arguments)
 
     def _room(self, name: str, size: int) -> int:
         """Memory of that name, at least so large; what captured steps use is never given back."""

@@ -263,9 +263,8 @@ DEVICE void store_pair(void* y, const Problem& p, int b, const Place& at, int ro
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-cla_attention(const u32* __restrict__ q, const char* __restrict__ keys, const char* __restrict__ values,
-              const int* __restrict__ lengths, void* __restrict__ y, float* __restrict__ partial,
-              float2* __restrict__ partial_sums, int batch, int kv_heads, int group, int queries, int capacity,
+cla_attention(const u32* q, const char* keys, const char* values, const int* __restrict__ lengths, void* y,
+              float* partial, float2* partial_sums, int batch, int kv_heads, int group, int queries, int capacity,
               int window, int extra, int ordered, float scale, float softcap) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ float2 warp_sums[WARPS][ROWS];   // maximum (in powers of two), sum
@@ -276,7 +275,6 @@ cla_attention(const u32* __restrict__ q, const char* __restrict__ keys, const ch
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int rank = blockIdx.x % CLUSTER, item = blockIdx.z;
     let_next_kernel_start();
-    wait_for_previous_kernel();
     const Share share = extra ? find_share<false>(p, item) : Share{ordered ? find_ordered(p, item) : item, 1, item};
     if (share.batch < 0) return;
     const int b = share.batch;
@@ -328,7 +326,13 @@ cla_attention(const u32* __restrict__ q, const char* __restrict__ keys, const ch
         }
         __syncthreads();
     }
+    // The kernel in front may still be writing the queries, and this call's own keys; the lengths and the keys before
+    // those are older than it (see Launcher.launch), and need not wait for it.
+    const int fetched = min(first_tile + warp + (STAGES - 2) * WARPS + 1, last_tile);
+    const bool old = !SHARED_KEYS && begin + fetched * KEYS <= before;
+    if (!old) wait_for_previous_kernel();
     UNROLL for (int i = 0; i < STAGES - 1; i++) fetch(i);
+    if (old) wait_for_previous_kernel();
 
     // The query, as the mma's A operand: lane / 4 is the row, and 8 more.
     const int row_low = lane >> 2, row_high = row_low + 8;
@@ -574,8 +578,8 @@ cla_attention(const u32* __restrict__ q, const char* __restrict__ keys, const ch
 
 // One row of one lane of work a block: adds the row's shares, in their order.
 extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32)
-cla_attention_merge(const int* __restrict__ lengths, void* __restrict__ y, const float* __restrict__ partial,
-                    const float2* __restrict__ partial_sums, int batch, int kv_heads, int group, int queries,
+cla_attention_merge(const int* __restrict__ lengths, void* y, const float* partial, const float2* partial_sums,
+                    int batch, int kv_heads, int group, int queries,
                     int capacity, int window, int extra) {
     __shared__ float4 sums_of_warp[MERGE_WARPS][COLUMNS / 4];
     __shared__ float sum_of_warp[MERGE_WARPS];

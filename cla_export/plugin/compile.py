@@ -7,6 +7,7 @@ a laptop. Results are cached on disk by source, options, compute capability and 
 import importlib
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 from cla_export.errors import MissingEnvironment
 
 SOURCE = Path(__file__).with_name("cla_attention.cu")
+NUMBERS = Path(__file__).with_name("decode_numbers.cu")  # comes before the next two
 OPERATORS = Path(__file__).with_name("decode_ops.cu")
+PRODUCT = Path(__file__).with_name("decode_product.cu")
 CACHE = Path.home() / ".cache/cla-export/kernels"
 KERNELS = ("cla_attention", "cla_attention_merge")
 MERGE_WARPS = 8
@@ -96,11 +99,24 @@ def _compiled(program: Any, cache: Path | None) -> Any:  # noqa: ANN401
 
 
 def compile_operators(
-    bf16: bool, tokens: int, compute_capability: tuple[int, int], cache: Path | None = CACHE
+    bf16: bool, compute_capability: tuple[int, int], cache: Path | None = CACHE
 ) -> Any:  # noqa: ANN401
-    """Machine code of decode_ops.cu, whose `linear` takes so many tokens; as `compile_kernel`."""
-    macros = [("BF16", str(int(bf16))), ("TOKENS", str(tokens))]
-    return _compiled(_program_of(OPERATORS, macros, compute_capability), cache)
+    """Machine code of decode_ops.cu; as `compile_kernel`."""
+    macros = [("BF16", str(int(bf16)))]
+    return _compiled(_program_of((NUMBERS, OPERATORS), macros, compute_capability), cache)
+
+
+def compile_product(
+    bf16: bool,
+    tokens: int,
+    stages: int,
+    compute_capability: tuple[int, int],
+    cache: Path | None = CACHE,
+) -> Any:  # noqa: ANN401
+    """Machine code of decode_product.cu for tiles of so many tokens; as `compile_kernel`."""
+    macros = [("BF16", str(int(bf16))), ("TOKENS", str(tokens)), ("STAGES", str(stages))]
+    program = _program_of((NUMBERS, PRODUCT), macros, compute_capability)
+    return _compiled(program, cache)
 
 
 def resources(variant: Variant, compute_capability: tuple[int, int]) -> dict[str, Resources]:
@@ -125,11 +141,11 @@ def resources(variant: Variant, compute_capability: tuple[int, int]) -> dict[str
 
 
 def _program(variant: Variant, compute_capability: tuple[int, int], *assembler: str) -> Any:  # noqa: ANN401
-    return _program_of(SOURCE, variant.macros, compute_capability, *assembler)
+    return _program_of((SOURCE,), variant.macros, compute_capability, *assembler)
 
 
 def _program_of(
-    source: Path,
+    sources: Sequence[Path],
     macros: list[tuple[str, str]],
     compute_capability: tuple[int, int],
     *assembler: str,
@@ -142,14 +158,15 @@ def _program_of(
             "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc"
         ) from error
     major, minor = compute_capability
+    text = "".join(f'#line 1 "{p.name}"\n{p.read_text(encoding="utf-8")}' for p in sources)
     options = core.ProgramOptions(
-        name=source.name,
-        arch=f"sm_{major}{minor}",
+        name=sources[-1].name,
+        arch=f"sm_{major}{minor}" + ("a" if major == 9 else ""),  # a: warp groups
         std="c++17",
         define_macro=macros,
         ptxas_options=list(assembler) or None,
     )
-    return core.Program(source.read_text(encoding="utf-8"), "c++", options)
+    return core.Program(text, "c++", options)
 
 
 def _tile_bytes(width: int) -> int:

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cla_export.errors import BadInput, MissingEnvironment
-from cla_export.plugin.compile import CACHE, MERGE_WARPS, TILE, Variant, compile_kernel
+from cla_export.plugin.compile import (
+    CACHE,
+    MERGE_WARPS,
+    TILE,
+    Variant,
+    compile_kernel,
+    compile_product,
+)
 from cla_export.plugin.contract import DTYPES, Problem, check
 from cla_export.plugin.plan import Gpu, Plan, make_plan
+from cla_export.plugin.product import ProductPlan
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +34,16 @@ class Pointers:
     kv_lengths: int
     y: int
     workspace: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProductPointers:
+    """Device addresses of a product's tensors, 16-byte aligned; residual: 0 for none."""
+
+    w: int
+    x: int
+    y: int
+    residual: int = 0
 
 
 class Launcher:
@@ -44,6 +62,7 @@ class Launcher:
         self._device.set_current()
         self._cache = cache
         self._kernels: dict[Variant, tuple[Any, Any]] = {}
+        self._products: dict[tuple[int, str], Any] = {}
         properties = self._device.properties
         capability = self._device.compute_capability
         self.gpu = Gpu(
@@ -67,8 +86,21 @@ class Launcher:
             self._kernels[variant] = attention, module.get_kernel("cla_attention_merge")
         return self._kernels[variant]
 
-    def launch(self, problem: Problem, plan: Plan, pointers: Pointers, stream: int) -> None:
-        """Queue one call on a CUDA stream, given by its handle; nothing is synchronised."""
+    def launch(
+        self,
+        problem: Problem,
+        plan: Plan,
+        pointers: Pointers,
+        stream: int,
+        *,
+        overlap: bool = False,
+    ) -> None:
+        """Queue one call on a CUDA stream, given by its handle; nothing is synchronised.
+
+        `overlap`: start while the kernel in front still runs, if that allows it. It must do so only
+        when every kernel before itself has ended, and of what is read here it may write the queries
+        and this call's own keys and values.
+        """
         attention, merge = self.prepare(plan.variant)
         variant, on = plan.variant, self._core.Stream.from_handle(stream)
         shapes = [np.int32(n) for n in (
@@ -81,6 +113,7 @@ class Launcher:
             cluster=(variant.cluster, 1, 1) if variant.cluster > 1 else None,
             block=variant.warps * 32,
             shmem_size=variant.shared_bytes,
+            programmatic_stream_serialization=overlap and self.gpu.has_clusters,
         )
         self._core.launch(
             on, config, attention, pointers.q, pointers.key_cache, pointers.value_cache,
@@ -98,6 +131,44 @@ class Launcher:
                 on, config, merge, pointers.kv_lengths, pointers.y, pointers.workspace, sums,
                 *shapes,
             )  # fmt: skip
+
+    def launch_product(
+        self,
+        plan: ProductPlan,
+        dtype: str,
+        pointers: ProductPointers,
+        shape: tuple[int, int, int],
+        stream: int,
+        *,
+        gated: bool = False,
+    ) -> None:
+        """Queue y [tokens, n] = x [tokens, k] w [n, k]^T + residual; `shape`: tokens, n, k.
+
+        Gated: w is [2n, k], and y is silu of the first half's product times the second's. Starts
+        while the kernel in front still runs, if that allows it.
+        """
+        key = plan.tokens, dtype
+        if key not in self._products:
+            module = compile_product(
+                dtype == "bfloat16",
+                plan.tokens,
+                plan.stages,
+                self.gpu.compute_capability,
+                self._cache,
+            )
+            self._products[key] = module.get_kernel("product")
+            self.allow_shared_memory(self._products[key], plan.shared_bytes)
+        config = self._core.LaunchConfig(
+            grid=(1, plan.clusters),  # of clusters
+            cluster=(plan.blocks, 1, 1) if plan.blocks > 1 else None,
+            block=plan.threads,
+            shmem_size=plan.shared_bytes,
+            programmatic_stream_serialization=True,
+        )
+        self._core.launch(
+            self._core.Stream.from_handle(stream), config, self._products[key], pointers.w,
+            pointers.x, pointers.residual, pointers.y, *map(np.int32, (*shape, gated)),
+        )  # fmt: skip
 
     def allow_shared_memory(self, kernel: Any, size: int) -> None:  # noqa: ANN401
         """Blocks get more than 48 KiB only where the kernel is told so."""

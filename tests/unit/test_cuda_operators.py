@@ -14,8 +14,13 @@ from cla_export.compare.reading import read_bundle
 from cla_export.engines.cuda_operators import own_nodes
 from cla_export.graph_reading import read_graph
 from cla_export.plugin import compile_cpu
-from cla_export.plugin.compile import compile_operators
+from cla_export.plugin.compile import compile_operators, compile_product
+from cla_export.plugin.plan import Gpu
+from cla_export.plugin.product import MOST_TOKENS, plan_product
 
+H200 = Gpu((9, 0), 132, 227 * 1024, 228 * 1024)
+GEFORCE = Gpu((12, 0), 170, 99 * 1024, 100 * 1024)
+A100 = Gpu((8, 0), 108, 163 * 1024, 164 * 1024)
 PLAIN = {"kv_owner": (0, 0, 2, 2), "num_key_value_heads": 1}
 STRICT = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared")
 
@@ -99,8 +104,43 @@ def test_a_bias_is_no_residual(zoo: Zoo) -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_kernels_compile(capability: tuple[int, int], bf16: bool) -> None:
-    for tokens in (1, 4):
-        assert compile_operators(bf16, tokens, capability, None).code
+    assert compile_operators(bf16, capability, None).code
+
+
+@pytest.mark.parametrize("gpu", [H200, GEFORCE], ids=["H200", "GeForce"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_products_compile_and_fit(gpu: Gpu, bf16: bool) -> None:
+    seen = set()
+    for tokens in range(1, MOST_TOKENS + 1):
+        plan = plan_product(tokens, 2048, 2048, gpu, gated=False)
+        if plan is None:
+            assert tokens > 32 and gpu is GEFORCE
+            continue
+        assert plan.tokens >= tokens and plan.shared_bytes < gpu.shared_per_block
+        if plan.tokens not in seen:
+            assert compile_product(
+                bf16, plan.tokens, plan.stages, gpu.compute_capability, None
+            ).code
+        seen.add(plan.tokens)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_product_is_cut_alike_for_any_few_tokens(gated: bool) -> None:
+    """So what a row of a batch gets does not depend on how many rows there are."""
+    for n, k in ((2304, 2048), (5472, 2048), (2048, 5472), (50304, 2048), (64, 8)):
+        plans = [plan_product(tokens, n, k, H200, gated=gated) for tokens in (1, 8, 9, 17, 32)]
+        assert len({(plan.clusters, plan.blocks) for plan in plans if plan is not None}) == 1
+        assert all(plan is not None and plan.blocks <= -(-k // 64) for plan in plans)
+
+
+def test_products_that_the_kernel_does_not_take() -> None:
+    for tokens, n, k, gpu in (
+        (65, 64, 64, H200),
+        (1, 64, 12, H200),
+        (1, 62, 64, H200),
+        (1, 64, 64, A100),
+    ):
+        assert plan_product(tokens, n, k, gpu, gated=False) is None
 
 
 @pytest.mark.parametrize("source", [compile_cpu.ATTENTION, compile_cpu.HOST_OPERATORS])
