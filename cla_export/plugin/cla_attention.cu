@@ -275,6 +275,7 @@ cla_attention(const u32* q, const char* keys, const char* values, const int* __r
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int rank = blockIdx.x % CLUSTER, item = blockIdx.z;
     let_next_kernel_start();
+    wait_for_previous_kernel();
     const Share share = extra ? find_share<false>(p, item) : Share{ordered ? find_ordered(p, item) : item, 1, item};
     if (share.batch < 0) return;
     const int b = share.batch;
@@ -326,13 +327,7 @@ cla_attention(const u32* q, const char* keys, const char* values, const int* __r
         }
         __syncthreads();
     }
-    // The kernel in front may still be writing the queries, and this call's own keys; the lengths and the keys before
-    // those are older than it (see Launcher.launch), and need not wait for it.
-    const int fetched = min(first_tile + warp + (STAGES - 2) * WARPS + 1, last_tile);
-    const bool old = !SHARED_KEYS && begin + fetched * KEYS <= before;
-    if (!old) wait_for_previous_kernel();
     UNROLL for (int i = 0; i < STAGES - 1; i++) fetch(i);
-    if (old) wait_for_previous_kernel();
 
     // The query, as the mma's A operand: lane / 4 is the row, and 8 more.
     const int row_low = lane >> 2, row_high = row_low + 8;
@@ -576,57 +571,59 @@ cla_attention(const u32* q, const char* keys, const char* values, const int* __r
 #endif
 }
 
-// One row of one lane of work a block: adds the row's shares, in their order.
-extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32)
+// Adds the shares of split rows, in their order: a block goes through some rows of one lane of work.
+extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32, 1)
 cla_attention_merge(const int* __restrict__ lengths, void* y, const float* partial, const float2* partial_sums,
-                    int batch, int kv_heads, int group, int queries,
-                    int capacity, int window, int extra) {
+                    int batch, int kv_heads, int group, int queries, int capacity, int window, int extra) {
     __shared__ float4 sums_of_warp[MERGE_WARPS][COLUMNS / 4];
     __shared__ float sum_of_warp[MERGE_WARPS];
     const Problem p{lengths, batch, kv_heads, group, queries, capacity, window, extra, 0};
-    const int b = blockIdx.x, row = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int b = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const Share share = find_share<true>(p, b);
     const u32 lanes = gridDim.z / kv_heads;
     const Place place = place_of(blockIdx.z / lanes, blockIdx.z % lanes, lanes);
     let_next_kernel_start();
     wait_for_previous_kernel();  // every block: this kernel must not end before that one
-    if (share.splits == 1 || place.first_row + row >= p.rows()) return;
+    if (share.splits == 1) return;
 
     const i64 first = (i64)blockIdx.z * (batch + extra) + share.first;
-    float top = -1e30f;
-    for (int i = lane; i < share.splits; i += 32) top = fmaxf(top, partial_sums[(first + i) * ROWS + row].x);
-    UNROLL for (int i = 16; i; i >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+    for (int row = blockIdx.y; row < ROWS && place.first_row + row < p.rows(); row += gridDim.y) {
+        float top = -1e30f;
+        for (int i = lane; i < share.splits; i += 32) top = fmaxf(top, partial_sums[(first + i) * ROWS + row].x);
+        UNROLL for (int i = 16; i; i >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
 
-    constexpr int QUADS = (COLUMNS / 4 + 31) / 32;  // columns of a lane, in fours
-    float4 total[QUADS] = {};
-    float sum = 0;
-    _Pragma("unroll 4") for (int i = warp; i < share.splits; i += MERGE_WARPS) {
-        const float2 one = partial_sums[(first + i) * ROWS + row];
-        const float weight = exp2_fast(one.x - top);
-        sum += weight * one.y;
-        const float4* from = (const float4*)(partial + ((first + i) * ROWS + row) * COLUMNS);
-        UNROLL for (int c = 0; c < QUADS; c++)
-            if (COLUMNS % 128 == 0 || c * 32 + lane < COLUMNS / 4) {
-                const float4 x = from[c * 32 + lane];
-                total[c].x += weight * x.x, total[c].y += weight * x.y;
-                total[c].z += weight * x.z, total[c].w += weight * x.w;
-            }
-    }
-    UNROLL for (int c = 0; c < QUADS; c++)
-        if (COLUMNS % 128 == 0 || c * 32 + lane < COLUMNS / 4) sums_of_warp[warp][c * 32 + lane] = total[c];
-    if (lane == 0) sum_of_warp[warp] = sum;
-    __syncthreads();
-    if (threadIdx.x < COLUMNS / 4) {
-        float4 t = {};
-        float s = 0;
-        UNROLL for (int w = 0; w < MERGE_WARPS; w++) {
-            const float4 x = sums_of_warp[w][threadIdx.x];
-            t.x += x.x, t.y += x.y, t.z += x.z, t.w += x.w;
-            s += sum_of_warp[w];
+        constexpr int QUADS = (COLUMNS / 4 + 31) / 32;  // columns of a lane, in fours
+        float4 total[QUADS] = {};
+        float sum = 0;
+        _Pragma("unroll 4") for (int i = warp; i < share.splits; i += MERGE_WARPS) {
+            const float2 one = partial_sums[(first + i) * ROWS + row];
+            const float weight = exp2_fast(one.x - top);
+            sum += weight * one.y;
+            const float4* from = (const float4*)(partial + ((first + i) * ROWS + row) * COLUMNS);
+            UNROLL for (int c = 0; c < QUADS; c++)
+                if (COLUMNS % 128 == 0 || c * 32 + lane < COLUMNS / 4) {
+                    const float4 x = from[c * 32 + lane];
+                    total[c].x += weight * x.x, total[c].y += weight * x.y;
+                    total[c].z += weight * x.z, total[c].w += weight * x.w;
+                }
         }
-        const float norm = s > 0 ? reciprocal(s) : 0;
-        const int column = threadIdx.x * 4;
-        store_pair(y, p, b, place, row, column, t.x * norm, t.y * norm);
-        store_pair(y, p, b, place, row, column + 2, t.z * norm, t.w * norm);
+        UNROLL for (int c = 0; c < QUADS; c++)
+            if (COLUMNS % 128 == 0 || c * 32 + lane < COLUMNS / 4) sums_of_warp[warp][c * 32 + lane] = total[c];
+        if (lane == 0) sum_of_warp[warp] = sum;
+        __syncthreads();
+        if (threadIdx.x < COLUMNS / 4) {
+            float4 t = {};
+            float s = 0;
+            UNROLL for (int w = 0; w < MERGE_WARPS; w++) {
+                const float4 x = sums_of_warp[w][threadIdx.x];
+                t.x += x.x, t.y += x.y, t.z += x.z, t.w += x.w;
+                s += sum_of_warp[w];
+            }
+            const float norm = s > 0 ? reciprocal(s) : 0;
+            const int column = threadIdx.x * 4;
+            store_pair(y, p, b, place, row, column, t.x * norm, t.y * norm);
+            store_pair(y, p, b, place, row, column + 2, t.z * norm, t.w * norm);
+        }
+        __syncthreads();  // the next row's sums go to the same place
     }
 }

@@ -21,6 +21,7 @@ PRODUCT = Path(__file__).with_name("decode_product.cu")
 CACHE = Path.home() / ".cache/cla-export/kernels"
 KERNELS = ("cla_attention", "cla_attention_merge")
 MERGE_WARPS = 8
+MERGE_BLOCKS = 256  # about; a batch of many rows seldom splits one
 TILE = 16  # keys, and rows, of one
 PACK = 4  # key tiles that a block's warps share at a time
 

@@ -92,7 +92,7 @@ extern "C" __global__ void rotate(const u32* qkv, const float2* cosines,
         }
         if (!waited) {
             wait_for_previous_kernel();
-            let_next_kernel_start();  // attention reads old keys at once: whatever wrote them has ended by now
+            let_next_kernel_start();  // attention's merge reads lengths at once: they are there by now
         }
         waited = true;
         if (i >= all || (head >= heads && place >= capacity)) continue;

@@ -205,6 +205,13 @@ product(const u16* w, const u16* x, const u16* residual, u16* y, int tokens, int
         commit_copies();
     }
 
+    // The block will finish some tokens of its cluster's tile, four rows at a time; the first residual is fetched now.
+    const int quads = made / 4, last_item = tokens * (rank + 1) / blocks * quads;
+    const int first_item = tokens * rank / blocks * quads + threadIdx.x, first_quad = first_row + first_item % quads * 4;
+    uint2 before = {};
+    if (residual && first_item < last_item && first_quad < n)
+        before = ((const uint2*)residual)[((i64)(first_item / quads) * n + first_quad) / 4];
+
     float sums[SUMS] = {};
     for (int chunk = first_chunk; chunk < last_chunk; chunk++) {
         wait_for_copies<STAGES - 2>();
@@ -235,14 +242,11 @@ product(const u16* w, const u16* x, const u16* residual, u16* y, int tokens, int
                 }
         return sum;
     };
-    // The block finishes some tokens of its cluster's tile, four rows at a time.
-    const int quads = made / 4, last = tokens * (rank + 1) / blocks * quads;
-    for (int item = tokens * rank / blocks * quads + threadIdx.x; item < last; item += THREADS) {
+    for (int item = first_item; item < last_item; item += THREADS) {
         const int token = item / quads, local = item % quads * 4, row = first_row + local;
         if (row >= n) continue;
         const i64 at = ((i64)token * n + row) / 4;
-        uint2 before = {};
-        if (residual) before = ((const uint2*)residual)[at];
+        if (residual && item != first_item) before = ((const uint2*)residual)[at];
         float4 value = sum_up(token, local);
         if (gated) {
             const float4 up = sum_up(token, made + local);

@@ -10,6 +10,7 @@ import numpy as np
 from cla_export.errors import BadInput, MissingEnvironment
 from cla_export.plugin.compile import (
     CACHE,
+    MERGE_BLOCKS,
     MERGE_WARPS,
     TILE,
     Variant,
@@ -97,9 +98,8 @@ class Launcher:
     ) -> None:
         """Queue one call on a CUDA stream, given by its handle; nothing is synchronised.
 
-        `overlap`: start while the kernel in front still runs, if that allows it. It must do so only
-        when every kernel before itself has ended, and of what is read here it may write the queries
-        and this call's own keys and values.
+        `overlap`: start while the kernel in front still runs, if that allows it: which it must do
+        only when every kernel before itself has ended, for the lengths are read at once.
         """
         attention, merge = self.prepare(plan.variant)
         variant, on = plan.variant, self._core.Stream.from_handle(stream)
@@ -121,7 +121,11 @@ class Launcher:
             np.int32(plan.ordered), np.float32(problem.scale), np.float32(problem.softcap),
         )  # fmt: skip
         if plan.merges:
-            rows = min(problem.group * problem.queries, TILE)
+            rows = min(
+                problem.group * problem.queries,
+                TILE,
+                max(1, MERGE_BLOCKS // (problem.batch * plan.grid[0] * plan.grid[1])),
+            )
             config = self._core.LaunchConfig(
                 grid=(problem.batch, rows, plan.grid[0] * plan.grid[1]),
                 block=MERGE_WARPS * 32,

@@ -138,6 +138,8 @@ def _choose(problem: Problem, gpu: Gpu, lanes: int) -> _Choice:
     1. A long chunk: its tiles of rows fill the GPU.
     2. Long contexts, where one row may outweigh the others: as many shares as run at a time, in
        small clusters while rows are few; where rows are more than that, twice as many as rows.
+       Rows of one kv head that fill the GPU in clusters of two have half as many shares more, so
+       that only rows of twice the average length are split, and even ones never merge.
     3. Rows enough for every block: one each; narrow blocks, two a multiprocessor, while the caches
        are small.
     4. Without clusters, shares for as many blocks as run at a time.
@@ -155,6 +157,8 @@ def _choose(problem: Problem, gpu: Gpu, lanes: int) -> _Choice:
     if keys >= LONG_CONTEXT and cache_bytes >= LONG_BYTES:  # 2
         if rows > blocks:
             return _Choice(narrow, 1, 2 * problem.batch)
+        if gpu.has_clusters and lanes == 1 and blocks // 4 < rows <= blocks // 2:
+            return _Choice(wide, 2, problem.batch * 3 // 2)
         if rows * 4 > blocks:
             return _Choice(narrow, 1, 2 * blocks // lanes)
         cluster = 2 if gpu.has_clusters else 1
