@@ -155,14 +155,7 @@ def _choose(problem: Problem, gpu: Gpu, lanes: int) -> _Choice:
     if problem.queries > 1 and rows >= blocks:  # 1
         return _Choice(narrow, 1, 0)
     if keys >= LONG_CONTEXT and cache_bytes >= LONG_BYTES:  # 2
-        if rows > blocks:
-            return _Choice(narrow, 1, 2 * problem.batch)
-        if gpu.has_clusters and lanes == 1 and blocks // 4 < rows <= blocks // 2:
-            return _Choice(wide, 2, problem.batch * 3 // 2)
-        if rows * 4 > blocks:
-            return _Choice(narrow, 1, 2 * blocks // lanes)
-        cluster = 2 if gpu.has_clusters else 1
-        return _Choice(wide, cluster, blocks // cluster // lanes)
+        return _choose_long(problem, gpu, lanes)
     if rows >= blocks:  # 3
         return _Choice(narrow if cache_bytes < MANY_BYTES else wide, 1, 0)
     if not gpu.has_clusters:  # 4
@@ -181,6 +174,20 @@ def _choose(problem: Problem, gpu: Gpu, lanes: int) -> _Choice:
     warps = wide if keys >= splits * 8 * wide * KEYS_PER_WARP else narrow
     splits = min(splits, keys // (8 * warps * KEYS_PER_WARP))
     return _Choice(warps, 8, splits * problem.batch)
+
+
+def _choose_long(problem: Problem, gpu: Gpu, lanes: int) -> _Choice:
+    """Case 2."""
+    wide, narrow = _widths(problem, gpu)
+    rows, blocks = lanes * problem.batch, gpu.multiprocessors
+    if rows > blocks:
+        return _Choice(narrow, 1, 2 * problem.batch)
+    if gpu.has_clusters and lanes == 1 and blocks // 4 < rows <= blocks // 2:
+        return _Choice(wide, 2, problem.batch * 3 // 2)
+    if rows * 4 > blocks:
+        return _Choice(narrow, 1, 2 * blocks // lanes)
+    cluster = 2 if gpu.has_clusters else 1
+    return _Choice(wide, cluster, blocks // cluster // lanes)
 
 
 def _widths(problem: Problem, gpu: Gpu) -> tuple[int, int]:

@@ -270,6 +270,22 @@ def test_no_room_at_all(make: Make, capacity: int, slots: int) -> None:
         make(capacity=capacity, slots=slots)
 
 
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_logits_far_from_the_start(zoo: Zoo, stock: bool) -> None:
+    """Tables of angles are stored: computed in the graph, they drift by 1e-3 at position 8192."""
+    far = {"kv_owner": (0, 0), "head_dim": 64, "num_key_value_heads": 1, "num_attention_heads": 2}
+    model = {**far, "hidden_size": 128, "max_position_embeddings": 8200}
+    bundle = zoo.bundle("onnxruntime", **model)
+    executor = OnnxRuntimeExecutor(bundle, capacity=8200, slots=1, threads=1, stock=stock)
+    tokens = tokens_of(8193)
+    executor.prefill(0, tokens[:8192], 0)
+    logits = executor.decode([0], tokens[8192:], [8192])
+    expected = stateless_logits(zoo.model(**model), tokens)[-1]
+    assert np.abs(logits[0] - expected).max() < 5e-5
+    # One position off shows.
+    assert np.abs(executor.decode([0], tokens[8192:], [8191])[0] - expected).max() > 5e-4
+
+
 def test_more_capacity_than_positions(zoo: Zoo) -> None:
     with pytest.raises(BadInput, match=r"capacity is 65; the model has 64 positions"):
         OnnxRuntimeExecutor(zoo.bundle(**MIXED), capacity=65)
