@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cla_export.bundle import BUILD_RECORD, MANIFEST, engine_folders, is_bundle, open_bundle
-from cla_export.errors import BadInput, BundleError, MissingEnvironment
+from cla_export.errors import BadInput, BundleError, LayoutError, MissingEnvironment
 from cla_export.graph_reading import GraphFacts, read_graph
 from cla_export.layout import DTYPE_BITS, KVLayout, layout_from_config
 from cla_export.models import FAMILIES, family_of
@@ -296,11 +296,11 @@ def _costs(layout: KVLayout, dtype: str, spec: ModelSpec | None, context: int | 
 def _spec_if_known(config: Mapping[str, object]) -> tuple[ModelSpec | None, list[str]]:
     if config.get("model_type") in FAMILIES:
         return read_model_spec(config), []
-    reason = (
-        f"parameters and FLOPs: not known for model_type {config.get('model_type')!r} "
-        f"(known: {', '.join(sorted(FAMILIES))}); the layout and its caches are read all the same"
-    )
-    return None, [reason]
+    try:
+        return read_model_spec(config), []
+    except (BadInput, LayoutError, MissingEnvironment) as error:
+        reason = f"parameters and FLOPs are not known: {error}"
+    return None, [f"{reason}; the layout and its caches are read all the same"]
 
 
 def _config_dtype(config: Mapping[str, object], folder: Path) -> tuple[str, str]:

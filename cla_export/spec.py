@@ -1,6 +1,8 @@
 """ModelSpec: what a decoder is, in numbers. Frozen, read from a config, needs no framework."""
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from cla_export.layout import KVLayout
 
@@ -11,21 +13,30 @@ class ModelSpec:
 
     `weights` maps each parameter's name to its shape; everything that is counted (parameters,
     FLOPs, what a checkpoint must hold) is read off it, so the counts cannot drift from the model.
+
+    A family whose names are not a Llama's gives them as `stored`; the fields that only shape a
+    Llama are then left out, and `config` is what its module is built from. `renamed` says what a
+    checkpoint may call a parameter in place of its own name; `part`, that it holds other models'
+    weights as well.
     """
 
     model_type: str
     layout: KVLayout
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
     q_heads: int
     max_positions: int
-    rope_theta: float
     norm_eps: float
+    intermediate_size: int = 0
+    rope_theta: float = 0.0
     tie_embeddings: bool = True
     separate_kv_norm: bool = False
     qk_norm: bool = False
     attention_bias: bool = False
+    stored: Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False, repr=False)
+    config: Mapping[str, object] | None = field(default=None, hash=False, repr=False)
+    renamed: Mapping[str, str] | None = field(default=None, hash=False, repr=False)
+    part: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -37,6 +48,8 @@ class ModelSpec:
         Names are a Hugging Face Llama's. A sharer has no k_proj, v_proj or k_norm; an owner with
         `separate_kv_norm` has `kv_layernorm` beside `input_layernorm` (CLA paper, section 3.1).
         """
+        if self.stored is not None:
+            return dict(self.stored)
         hidden, ffn = self.hidden_size, self.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, hidden)
@@ -71,13 +84,8 @@ class ModelSpec:
 
     def parameters(self, *, matrices_only: bool = False) -> int:
         """Number of parameters; `matrices_only` leaves out norms and biases, as the paper does."""
-        total = 0
-        for shape in self.weights().values():
-            if len(shape) == 2:
-                total += shape[0] * shape[1]
-            elif not matrices_only:
-                total += shape[0]
-        return total
+        shapes = self.weights().values()
+        return sum(math.prod(s) for s in shapes if len(s) > 1 or not matrices_only)
 
     def flops_per_token(self, context: int) -> int:
         """Forward FLOPs for one token that attends to `context` tokens (a multiply-add is two).
@@ -85,9 +93,9 @@ class ModelSpec:
         Matrix products and the attention core; norms, RoPE and softmax are left out. The core's
         share does not change with CLA: every sharer reads the whole cache (paper, section 2.3).
         """
-        embedding = self.vocab_size * self.hidden_size
-        products = self.parameters(matrices_only=True) - embedding  # the lookup is no product ...
-        products += embedding if self.tie_embeddings else 0  # ... but a tied head is one
+        lookups = sum(math.prod(s) for name, s in self.weights().items() if "embed" in name)
+        products = self.parameters(matrices_only=True) - lookups  # a lookup is no product ...
+        products += self.vocab_size * self.hidden_size if self.tie_embeddings else 0  # but a head
         core = 0
         for dim, window in zip(self.layout.head_dim, self.layout.window, strict=True):
             core += 2 * self.q_heads * dim * (context if window is None else min(context, window))
@@ -95,4 +103,15 @@ class ModelSpec:
 
     def dense_twin(self) -> "ModelSpec":
         """The same model where every layer projects and caches its own K and V."""
-        return replace(self, layout=self.layout.dense_twin())
+        layout, stored = self.layout, self.stored
+        if stored is not None:
+            widths = zip(layout.kv_heads, layout.head_dim, strict=True)
+            stored = {
+                **stored,
+                **{
+                    f"layers.{i}: its own keys and values": (2 * heads * dim, self.hidden_size)
+                    for i, (heads, dim) in enumerate(widths)
+                    if not layout.is_owner(i)
+                },
+            }
+        return replace(self, layout=layout.dense_twin(), stored=stored)

@@ -44,7 +44,7 @@ from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.environment import processor
 from cla_export.errors import BadInput, BundleError, RunError
 from cla_export.models.checkpoint import Checkpoint, load_model, open_checkpoint
-from cla_export.models.cla import ClaDecoder
+from cla_export.models.decoder import Decoder
 
 _TOOLS = ("torch", "onnxruntime", "onnx", "polygraphy", "numpy")
 _HELD = 64  # tokens whose keys and values stand in for a long context's, over and over
@@ -337,7 +337,7 @@ class _Run:
 
 
 def _sides(
-    bundle: Bundle, checkpoint: Checkpoint, model: ClaDecoder, report: ParityReport
+    bundle: Bundle, checkpoint: Checkpoint, model: Decoder, report: ParityReport
 ) -> Reference:
     """Both sides, with the weights that the bundle's stand for; faults go into the report."""
     reading = read_bundle(bundle, model)
@@ -351,7 +351,7 @@ def _sides(
 
 
 @contextmanager
-def _torch_threads(model: ClaDecoder) -> Iterator[None]:
+def _torch_threads(model: Decoder) -> Iterator[None]:
     """One thread for a model so small that several only wait for each other, on a busy machine."""
     before = torch.get_num_threads()
     if sum(parameter.numel() for parameter in model.parameters()) < _ONE_THREAD:

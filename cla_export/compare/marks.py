@@ -148,6 +148,8 @@ def mark(model: ir.Model) -> dict[Key, str]:
         parts = str(node.name).split("/")
         if parts[0].startswith("layers.") and parts[0][7:].isdigit():
             layer = int(parts[0][7:])
+            if len(node.outputs[0].shape or ()) != 3:
+                continue  # no step that PyTorch's side has
             values[layer, "output"] = node.outputs[0]
             branch = _BRANCHES.get(parts[1]) if len(parts) > 1 else None
             if branch is not None and node.op_type not in ("Transpose", *ATTENTION):

@@ -82,14 +82,21 @@ class _Steps(TorchFunctionMode):
         mine = heads.unflatten(-1, (value.shape[1], -1)).transpose(0, 1)[None]  # type: ignore[no-untyped-call]
         return torch.cat((value[:, :, : -self._count], mine), 2)
 
-    def of_module(self, key: Key) -> Callable[[object, object, Tensor], Tensor]:
-        """A forward hook that does the same with a module's output [1, S, width]."""
+    def of_module(self, key: Key) -> Callable[[object, object, Any], Any]:
+        """A forward hook that does the same with a module's output [1, S, width].
 
-        def hook(_module: object, _inputs: object, output: Tensor) -> Tensor:
-            self.found[key] = output[0].double().numpy().copy()
+        It may be the first of several; one of another shape is no step of ours.
+        """
+
+        def hook(_module: object, _inputs: object, output: Any) -> Any:  # noqa: ANN401
+            first = output[0] if isinstance(output, tuple) else output
+            if first.ndim != 3:
+                return output
+            self.found[key] = first[0].double().numpy().copy()
             if key not in self._forced:
                 return output
-            return torch.from_numpy(self._forced[key]).to(output.dtype)[None]
+            mine = torch.from_numpy(self._forced[key]).to(first.dtype)[None]
+            return (mine, *output[1:]) if isinstance(output, tuple) else mine
 
         return hook
 
@@ -110,7 +117,7 @@ def torch_tensors(
     layout = side.model.spec.layout
     steps = _Steps(layout.kv_owner, forced, len(tokens), feel=feel)
     handles = []
-    for index, layer in enumerate(side.model.model.layers):
+    for index, layer in enumerate(side.model.blocks()):
         handles.append(layer.register_forward_hook(steps.of_module((index, "output"))))
         for name, role in _BRANCHES.items():
             if isinstance(part := getattr(layer, name, None), nn.Module):

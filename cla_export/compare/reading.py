@@ -20,7 +20,7 @@ from torch import nn
 from cla_export.bundle import Bundle
 from cla_export.errors import GraphError
 from cla_export.graph_reading import read_graph
-from cla_export.models.cla import ClaDecoder
+from cla_export.models.decoder import Decoder
 from cla_export.quantization import PACKED, SCALES, Quantization
 from cla_export.rewrite.keep_last_logits import ALL, KEEP
 
@@ -39,7 +39,7 @@ class Reading:
     quantized: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
-def read_bundle(bundle: Bundle, model: ClaDecoder) -> Reading:
+def read_bundle(bundle: Bundle, model: Decoder) -> Reading:
     """Read a bundle's graphs beside the float32 model that it was exported from."""
     reading = _read_graph(bundle, bundle.graph, model)
     known = set(reading.faults)
@@ -49,7 +49,7 @@ def read_bundle(bundle: Bundle, model: ClaDecoder) -> Reading:
     return reading
 
 
-def _read_graph(bundle: Bundle, path: Path, model: ClaDecoder) -> Reading:
+def _read_graph(bundle: Bundle, path: Path, model: Decoder) -> Reading:
     reading = Reading(_sharing(bundle, path))
     try:
         graph = ir.load(path).graph
@@ -71,7 +71,7 @@ def _read_graph(bundle: Bundle, path: Path, model: ClaDecoder) -> Reading:
     return reading
 
 
-def use_quantized(model: ClaDecoder, reading: Reading) -> None:
+def use_quantized(model: Decoder, reading: Reading) -> None:
     """Give a model the weights that the bundle's quantised ones stand for.
 
     A tied head gets a weight of its own, since the embedding stays as it is.
@@ -84,7 +84,7 @@ def use_quantized(model: ClaDecoder, reading: Reading) -> None:
             module.weight = nn.Parameter(torch.from_numpy(weight).to(kind))
 
 
-def _named(model: ClaDecoder) -> list[tuple[str, torch.Tensor]]:
+def _named(model: Decoder) -> list[tuple[str, torch.Tensor]]:
     return list(model.named_parameters(remove_duplicate=False))  # a tied head by both its names
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
-from cla_export.models.cla import KV, ClaDecoder, KVCache
+from cla_export.models.decoder import KV, Decoder, KVCache
 from cla_export.quantization import Quantization
 
 _SMALL = 2**30  # bytes in float64
@@ -39,8 +39,8 @@ GroupKV = list[tuple[NDArray[np.floating], NDArray[np.floating]]]  # keys, value
 class Side:
     """A module and the arithmetic that it runs in."""
 
-    model: ClaDecoder
-    arithmetic: Callable[[ClaDecoder], AbstractContextManager[None]]
+    model: Decoder
+    arithmetic: Callable[[Decoder], AbstractContextManager[None]]
 
     @torch.inference_mode()
     def forward(
@@ -81,14 +81,14 @@ class Reference:
 
     @classmethod
     def of(
-        cls, model: ClaDecoder, rounded: ClaDecoder | None, quantization: Quantization | None
+        cls, model: Decoder, rounded: Decoder | None, quantization: Quantization | None
     ) -> "Reference":
         """Sides over a float32 model; `rounded` is it in the bundle's dtype, where not float32."""
 
-        def rounding(module: ClaDecoder) -> AbstractContextManager[None]:
+        def rounding(module: Decoder) -> AbstractContextManager[None]:
             return _native(module, quantization, None)
 
-        def reordering(part: int) -> Callable[[ClaDecoder], AbstractContextManager[None]]:
+        def reordering(part: int) -> Callable[[Decoder], AbstractContextManager[None]]:
             return lambda module: _native(module, quantization, part)
 
         size = 8 * sum(parameter.numel() for parameter in model.parameters())
@@ -112,7 +112,7 @@ def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def _in_float64(model: ClaDecoder) -> Iterator[None]:
+def _in_float64(model: Decoder) -> Iterator[None]:
     """Run every module in float64; a float32 weight goes there and back unchanged."""
 
     def widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -139,9 +139,7 @@ def _in_float64(model: ClaDecoder) -> Iterator[None]:
 
 
 @contextmanager
-def _native(
-    model: ClaDecoder, quantization: Quantization | None, part: int | None
-) -> Iterator[None]:
+def _native(model: Decoder, quantization: Quantization | None, part: int | None) -> Iterator[None]:
     """The bundle's arithmetic: activations as it rounds them, sums in one part or in two."""
     with ExitStack() as stack:
         if quantization is not None:
@@ -166,7 +164,7 @@ def _scores_in_16_bits() -> Iterator[None]:
 
 
 @contextmanager
-def _sums_in_parts(model: ClaDecoder, part: int) -> Iterator[None]:
+def _sums_in_parts(model: Decoder, part: int) -> Iterator[None]:
     """Every linear layer as a sum of two: over its first 1/part inputs, and over the others."""
 
     def split(module: nn.Linear, inputs: tuple[Tensor], _output: Tensor) -> Tensor:
@@ -185,7 +183,7 @@ def _sums_in_parts(model: ClaDecoder, part: int) -> Iterator[None]:
 
 
 @contextmanager
-def _rounded_activations(model: ClaDecoder, quantization: Quantization) -> Iterator[None]:
+def _rounded_activations(model: Decoder, quantization: Quantization) -> Iterator[None]:
     """Round what goes into every quantised product to int8, a scale for each block of channels."""
 
     def round_inputs(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:

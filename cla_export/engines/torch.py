@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
-from cla_export.models.cla import KV, ClaDecoder
+from cla_export.models.decoder import KV, Decoder
 
 
 class TorchExecutor(PooledExecutor):
@@ -14,7 +14,7 @@ class TorchExecutor(PooledExecutor):
 
     backend = "torch"
 
-    def __init__(self, model: ClaDecoder, *, capacity: int, slots: int = 1) -> None:
+    def __init__(self, model: Decoder, *, capacity: int, slots: int = 1) -> None:
         spec = model.spec
         super().__init__(spec.layout, min(capacity, spec.max_positions), slots, spec.vocab_size)
         self._model = model

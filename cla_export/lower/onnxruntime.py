@@ -22,7 +22,7 @@ from cla_export.lower.fuse_rounded_rotary import fuse_rounded_rotary
 from cla_export.lower.pack_heads import packed, replace_unpacked
 from cla_export.rewrite.builder import Builder
 from cla_export.rewrite.simplify import drop_unused
-from cla_export.rewrite.thread_caches import GROUP, INT64
+from cla_export.rewrite.thread_caches import GROUP, INT64, frontier_of
 from cla_export.rewrite.values import attention_nodes, heads_and_dim, producer
 
 FUSED = "GroupQueryAttention"
@@ -82,7 +82,7 @@ def _lengths_from_mask(graph: ir.Graph) -> ir.Value:
     build, rows = Builder(graph), ["batch"]
     axis, zero = build.int64([1], "axis_1"), build.int64(0, "zero")
     held = build.op("ReduceSum", [mask, axis], {"keepdims": 0}, shape=rows, name=HELD)
-    new = next(node.outputs[0] for node in graph if node.name == "lengths/Shape")  # [S]
+    _, new = frontier_of(graph)
     before = build.op("Sub", [held, new], shape=rows, name="lengths/before")
     starts = build.op("Max", [before, zero], shape=rows, name="lengths/write_indices")
     inputs["kv_lengths"].replace_all_uses_with(held)

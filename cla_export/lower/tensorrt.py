@@ -29,7 +29,7 @@ from cla_export.errors import BadInput
 from cla_export.layout import Group, KVLayout
 from cla_export.rewrite.builder import Builder, named_constant
 from cla_export.rewrite.simplify import drop_unused
-from cla_export.rewrite.thread_caches import GROUP
+from cla_export.rewrite.thread_caches import GROUP, frontier_of
 from cla_export.rewrite.values import attention_nodes, heads_and_dim, producer
 
 Choice = Literal["auto", "native", "plugin"]
@@ -120,12 +120,7 @@ def _int32_lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
         value.replace_all_uses_with(wide[name])
         graph.inputs[graph.inputs.index(value)] = narrow
         inputs[name] = narrow
-    frontier = next(
-        node.outputs[0]
-        for node in graph
-        if node.op_type == "Add" and node.inputs[0] is wide["write_indices"]
-        and node.inputs[1] is not None and node.inputs[1].name == "lengths/Shape"
-    )  # fmt: skip
+    frontier, _ = frontier_of(graph)
     cast = build.op(
         "Cast",
         [frontier],

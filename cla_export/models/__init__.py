@@ -1,12 +1,11 @@
 """PyTorch side: the families cla-export knows, one file each.
 
-A family is a module with two functions: `read_spec(config) -> ModelSpec` and
-`build(spec) -> nn.Module`, where the module's stateless forward is
-`(input_ids [B, S], position_ids [B, S]) -> logits [B, S, V]`. To add one, write the file and name
-it in FAMILIES.
+A family is a module with three functions: `read_spec(config) -> ModelSpec`, `build(spec) ->
+Decoder`, and `constants(spec)`, the buffers that no checkpoint holds. To add one, write the file
+and name it in FAMILIES. What is not named there is looked for in transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
@@ -17,7 +16,7 @@ from cla_export.spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cla_export.models.cla import ClaDecoder
+    from cla_export.models.decoder import Decoder
 
 FAMILIES: Mapping[str, str] = {"cla": "cla_export.models.cla"}  # config's model_type -> module
 
@@ -28,7 +27,7 @@ class Family(Protocol):
     def read_spec(self, config: Mapping[str, object]) -> ModelSpec:
         """Read the family's config.json."""
 
-    def build(self, spec: ModelSpec) -> "ClaDecoder":
+    def build(self, spec: ModelSpec) -> "Decoder":
         """Make the module, weights not yet loaded."""
 
     def constants(self, spec: ModelSpec) -> "Mapping[str, Tensor]":
@@ -36,17 +35,34 @@ class Family(Protocol):
 
 
 def family_of(config: Mapping[str, object]) -> Family:
-    """Find the family by `model_type`; imports PyTorch."""
-    return cast("Family", import_module(_module_name(config)))
+    """Find the family by `model_type`; imports PyTorch, and transformers where it is installed.
 
-
-def _module_name(config: Mapping[str, object]) -> str:
+    Raises:
+        BadInput: no family has that type; close ones are named.
+    """
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
-    close = get_close_matches(str(model_type), FAMILIES, n=3)
+        return cast("Family", import_module(FAMILIES[model_type]))
+    known = _known_to_transformers()
+    if isinstance(model_type, str) and model_type in known:
+        return cast("Family", import_module("cla_export.models.hugging_face"))
+    close = get_close_matches(str(model_type), {*FAMILIES, *known}, n=3)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    message = f"config.json: model_type is {model_type!r}, which is not supported{hint}"
+    if not known:
+        raise BadInput(
+            f"{message} (supported: {', '.join(sorted(FAMILIES))}, and with transformers installed "
+            "its causal language models: pip install 'cla-export[hf]')"
+        )
     raise BadInput(
-        f"config.json: model_type is {model_type!r}, which is not supported{hint} "
-        f"(supported: {', '.join(sorted(FAMILIES))})"
+        f"{message} (supported: {', '.join(sorted(FAMILIES))}, and causal language models of "
+        "transformers)"
     )
+
+
+def _known_to_transformers() -> Collection[str]:
+    try:
+        auto = import_module("transformers.models.auto.modeling_auto")
+    except ImportError:
+        return ()
+    return cast("Mapping[str, str]", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

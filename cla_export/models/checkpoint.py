@@ -17,7 +17,7 @@ from cla_export.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-    from cla_export.models.cla import ClaDecoder
+    from cla_export.models.decoder import Decoder
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -63,6 +63,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     spec = family_of(config).read_spec(config)
     tensors = read_index(folder)
+    for name, stored in (spec.renamed or {}).items():
+        if name not in tensors and stored in tensors:
+            tensors[name] = tensors.pop(stored)
     _check_weights(folder, spec, tensors)
     return Checkpoint(folder, config, spec, {name: tensors[name] for name in spec.weights()})
 
@@ -88,6 +91,8 @@ def _check_weights(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorEn
         if name == "lm_head.weight":
             _check_tied_copy(folder, tensors)
             continue
+        if spec.part and "language_model" not in name:
+            continue  # another model's
         raise BadInput(f"{folder}: unexpected weight {name}; {_hint(name, spec)}")
 
 
@@ -124,7 +129,7 @@ def _check_tied_copy(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
         )
 
 
-def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | None" = None) -> "ClaDecoder":
+def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | None" = None) -> "Decoder":
     """Build the checkpoint's module with its weights, in evaluation mode.
 
     `dtype` None means float32, to which every checkpoint dtype converts exactly.
@@ -135,21 +140,22 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | None" = None) -> "C
     dtype = dtype or torch.float32
     model = family_of(checkpoint.config).build(checkpoint.spec)
     parameters = dict(model.named_parameters())
-    by_file: dict[Path, list[str]] = {}
-    for entry in checkpoint.tensors.values():
-        by_file.setdefault(entry.path, []).append(entry.name)
+    held = {**parameters, **dict(model.named_buffers())}
+    by_file: dict[Path, list[tuple[str, str]]] = {}
+    for name, entry in checkpoint.tensors.items():
+        by_file.setdefault(entry.path, []).append((name, entry.name))
     with torch.no_grad():
         for path, names in by_file.items():
             with safe_open(path, framework="pt") as file:
-                for name in names:
-                    parameters[name].copy_(file.get_tensor(name))
+                for name, stored in names:
+                    held[name].copy_(file.get_tensor(stored))
     for parameter in parameters.values():
         parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 
 def save_checkpoint(
-    model: "ClaDecoder",
+    model: "Decoder",
     folder: Path,
     config: Mapping[str, object],
     *,

@@ -7,7 +7,7 @@ state, so that tracing leaves the module as it was.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 from cla_export.config import ConfigReader
 from cla_export.errors import BadInput
 from cla_export.layout import layout_from_config
+from cla_export.models.decoder import KV, Decoder, KVCache
 from cla_export.spec import ModelSpec
-
-KV = tuple[Tensor, Tensor]  # keys and values of one group, [B, Hkv, T, D] each
-
-
-class KVCache(Protocol):
-    """Where a stateful run keeps what owners produce."""
-
-    def update(self, group: int, key: Tensor, value: Tensor) -> KV:
-        """Store the new K and V [B, Hkv, S, D] of a group; return all of it [B, Hkv, T, D]."""
-
-    def mask(self, position_ids: Tensor, window: int | None) -> Tensor:
-        """Which of the T keys each query may see: bool [B, 1, S, T]."""
 
 
 def read_spec(config: Mapping[str, object]) -> ModelSpec:
@@ -259,12 +248,8 @@ def stateless_mask(length: int, window: int | None, device: torch.device) -> Ten
     return (distance >= 0) & (distance < window)
 
 
-class ClaDecoder(nn.Module):
-    """A decoder-only language model with any KV layout.
-
-    Without a cache it is stateless: `(input_ids [B, S], position_ids [B, S]) -> logits [B, S, V]`,
-    which is what gets traced. With a `KVCache` it runs incrementally.
-    """
+class ClaDecoder(Decoder):
+    """The reference decoder: a KVCache is an argument of it."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

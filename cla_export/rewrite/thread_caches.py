@@ -24,7 +24,7 @@ from cla_export.layout import KVLayout
 from cla_export.rewrite.builder import SCOPE, Builder, Dim
 from cla_export.rewrite.group_attention import LAYER
 from cla_export.rewrite.report import PassReport
-from cla_export.rewrite.values import attention_nodes
+from cla_export.rewrite.values import attention_nodes, producer
 
 OPSET = 24
 IR_VERSION = 11  # newer ONNX packages default to more than ONNX Runtime reads
@@ -80,6 +80,14 @@ def thread_caches(model: ir.Model, layout: KVLayout) -> PassReport:
             report.fired += 1
     graph.sort()
     return report
+
+
+def frontier_of(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
+    """A canonical graph's frontier [B], and the S [1] that it adds to write_indices."""
+    frontier = attention_nodes(graph)[0].inputs[6]
+    add = producer(frontier, "Add")
+    assert frontier is not None and add is not None and add.inputs[1] is not None
+    return frontier, add.inputs[1]
 
 
 def _rename_axes(graph: ir.Graph, input_ids: ir.Value) -> None:

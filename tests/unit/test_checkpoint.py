@@ -182,8 +182,8 @@ def test_a_config_that_is_not_text(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "parts"),
     [
-        ("clla", ["'clla'", "did you mean 'cla'?", "supported: cla"]),
-        ("gpt_neox", ["'gpt_neox'", "supported: cla"]),
+        ("clla", ["'clla'", "did you mean 'cla'", "supported: cla"]),
+        ("gpt_knee_ox", ["'gpt_knee_ox'", "supported: cla", "did you mean 'gpt_neox'"]),
         (None, ["model_type is None"]),
         (["cla"], ["model_type is ['cla']"]),
     ],

@@ -172,11 +172,11 @@ def test_a_model_folder_is_compared_with_its_config(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_shows_its_layout_and_says_what_it_cannot(tmp_path: Path) -> None:
-    gemma = inspect(folder(tmp_path / "gemma", GEMMA_3N))
+    gemma = inspect(folder(tmp_path / "gemma", GEMMA_3N | {"model_type": "gemma3000"}))
     assert gemma.own.parameters is gemma.own.flops_per_token is gemma.context is None
     assert gemma.own.cache_bytes_per_token == 20 * 2 * 2 * 256 * 2
     assert gemma.dense.cache_bytes_per_token == 35 * 2 * 2 * 256 * 2
-    assert "not known for model_type 'gemma3n'" in gemma.notes[0]
+    assert "model_type is 'gemma3000', which is not supported" in gemma.notes[0]
     hunyuan = inspect(folder(tmp_path / "hunyuan", HUNYUAN))
     assert hunyuan.own.cache_bytes_per_token == 32 * 2 * 8 * 80 * 2
     assert "not known" in shown(hunyuan)

@@ -205,8 +205,8 @@ def test_a_folder_or_a_config_file(tmp_path: Path) -> None:
     assert found == plan(str(tmp_path / "config.json"), "1MiB", 32)
     assert found.name == tmp_path.name
     assert found.own.bytes_per_token == 2 * 2 * 4 * 2
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma3n"}))
-    with pytest.raises(BadInput, match="model_type is 'gemma3n', which is not supported"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma3000"}))
+    with pytest.raises(BadInput, match="model_type is 'gemma3000', which is not supported"):
         plan(tmp_path, "1MiB", 32)
     with pytest.raises(BadInput, match="does not exist"):
         plan(tmp_path / "nothing", "1MiB", 32)

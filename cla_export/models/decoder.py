@@ -1,0 +1,161 @@
+"""What the rest asks of a decoder in PyTorch: stateless logits, and runs over somebody's caches.
+
+A module that was written for this package takes a `KVCache` as an argument. Any other one is
+wrapped: its calls of `scaled_dot_product_attention` are numbered in the order they come, and in a
+run over caches the n-th of them attends to what the KV layout says that layer n reads. That is what
+tracing relies on too, where each of these calls becomes one Attention node.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+
+from cla_export.errors import GraphError
+from cla_export.layout import KVLayout
+from cla_export.spec import ModelSpec
+
+KV = tuple[Tensor, Tensor]  # keys and values of one group, [B, Hkv, T, D] each
+
+
+class KVCache(Protocol):
+    """Where a stateful run keeps what owners produce."""
+
+    def update(self, group: int, key: Tensor, value: Tensor) -> KV:
+        """Store the new K and V [B, Hkv, S, D] of a group; return all of it [B, Hkv, T, D]."""
+
+    def mask(self, position_ids: Tensor, window: int | None) -> Tensor:
+        """Which of the T keys each query may see: bool [B, 1, S, T]."""
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model with any KV layout."""
+
+    spec: ModelSpec
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits [B, S, V] of input_ids, position_ids [B, S].
+
+        Without a cache nothing came before the row, which is what gets traced.
+        """
+        raise NotImplementedError
+
+    def forward_with_kv(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, list[KV]]:
+        """Stateless logits [B, S, V] and each group's K and V [B, Hkv, S, D]."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules of its layers, in order; none where no list of modules has so many."""
+        count = self.spec.num_layers
+        lists = (m for m in self.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+        return list(next(lists, nn.ModuleList()))
+
+
+class StatelessDecoder(Decoder):
+    """Any module with forward `(input_ids, position_ids) -> logits`, as a Decoder.
+
+    Its parts carry the names that they have in the module, and so in its checkpoint.
+    """
+
+    def __init__(self, module: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.__dict__["module"] = module  # no child of this one: its parts are
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name in module.state_dict())
+
+    def stateless(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Call the module."""
+        logits: Tensor = self.__dict__["module"](input_ids, position_ids)
+        return logits
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        if cache is None:
+            return self.stateless(input_ids, position_ids)
+        return self._run(input_ids, position_ids, cache)[0]
+
+    def forward_with_kv(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, list[KV]]:
+        return self._run(input_ids, position_ids, None)
+
+    def _run(
+        self, input_ids: Tensor, position_ids: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, list[KV]]:
+        with _AttentionCalls(self.spec.layout, position_ids, cache) as calls:
+            logits = self.stateless(input_ids, position_ids)
+        if calls.layer != self.spec.num_layers:
+            raise GraphError(
+                f"the model calls scaled_dot_product_attention {calls.layer} times; its KV layout "
+                f"has {self.spec.num_layers} layers"
+            )
+        return logits, calls.groups
+
+
+class _AttentionCalls(TorchFunctionMode):
+    """Gives each attention the keys and values of its group, from a cache if there is one.
+
+    In a float64 run, casts to float32 are left out: modules write them for 16-bit weights.
+    """
+
+    def __init__(self, layout: KVLayout, positions: Tensor, cache: KVCache | None) -> None:
+        super().__init__()
+        self.layer = 0
+        self.groups: list[KV] = []
+        self._layout, self._positions, self._cache = layout, positions, cache
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in (Tensor.to, Tensor.float) and args[0].dtype == torch.float64:
+            return args[0] if result.dtype == torch.float32 else result
+        return result
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,  # noqa: ARG002 (none is dropped in evaluation)
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,  # noqa: ARG002 (said by the heads)
+    ) -> Tensor:
+        layer, layout = self.layer, self._layout
+        self.layer += 1
+        if layer >= layout.num_layers:
+            return query
+        group = layout.group_of(layer)
+        if layout.is_owner(layer):
+            repeats = key.shape[1] // layout.kv_heads[layer]  # of each head, as some models do
+            new = key[:, ::repeats], value[:, ::repeats]
+            self.groups.append(new if self._cache is None else self._cache.update(group, *new))
+        if self._cache is not None:
+            attn_mask = self._cache.mask(self._positions, layout.window[layer])
+            is_causal = False
+        return F.scaled_dot_product_attention(
+            query,
+            *self.groups[group],
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=layout.kv_heads[layer] < query.shape[1],
+        )

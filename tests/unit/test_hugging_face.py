@@ -1,0 +1,196 @@
+"""Models of transformers, by their own code: small random ones, saved by it, exported, compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cla_export.bundle import Bundle
+from cla_export.compare.gate import compare_bundle
+from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
+from cla_export.engines.torch import TorchExecutor
+from cla_export.errors import BadInput
+from cla_export.exporter import export
+from cla_export.models import family_of
+from cla_export.models.checkpoint import load_model, open_checkpoint
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 61
+PLAIN: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+TYPES = ["sliding_attention", "full_attention"]
+GEMMA = {
+    **PLAIN,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": TYPES * 2,
+    "sliding_window": 6,
+    "head_dim": 16,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCAB,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {**PLAIN, "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3": {**PLAIN, "head_dim": 16, "num_key_value_heads": 1},
+    "mistral": {**PLAIN, "head_dim": 16, "sliding_window": 6},
+    "phi": {**PLAIN, "num_key_value_heads": 4},  # part of a head rotated, LayerNorm, biases
+    "gpt_neox": {**PLAIN, "num_key_value_heads": 4},  # one product of q, k and v; other names
+    "gpt2": {
+        "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },  # learned positions
+    "gemma3n_text": {
+        **GEMMA, "intermediate_size": [40] * 4, "laurel_rank": 4, "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_text": {**GEMMA, "global_head_dim": 32},
+}  # fmt: skip
+SHARED = {"gemma3n_text": (0, 1, 0, 1), "gemma4_text": (0, 1, 0, 1)}
+
+
+def save(folder: Path, kind: str, **changes: Any) -> Path:
+    """A random model, written by transformers."""
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(kind, **{**MODELS[kind], **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                gain = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+                parameter.normal_(0.0, gain * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def bundle(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp(kind)
+    return export(save(folder / "model", kind), folder / "bundle")
+
+
+def test_parity(bundle: Bundle) -> None:
+    report = compare_bundle(bundle)
+    failed = [(r.case, r.output, r.max_error, r.tolerance) for r in report.tensors if not r.passed]
+    assert report.passed, (report.faults, failed, report.divergence)
+
+
+def test_layers_share_as_the_config_says(bundle: Bundle, kind: str) -> None:
+    owners = SHARED.get(kind, (0, 1))
+    assert bundle.layout.kv_owner == owners
+    assert len(bundle.manifest["groups"]) == 2
+    windows = {"mistral": (6, 6), **dict.fromkeys(SHARED, (6, None, 6, None))}
+    assert bundle.layout.window == windows.get(kind, (None, None))
+
+
+def test_logits_are_those_of_the_familys_own_code(bundle: Bundle) -> None:
+    """Its eager attention on whole rows, beyond a window, beside prompts and single steps here."""
+    own = transformers.AutoModelForCausalLM.from_pretrained(
+        bundle.source, attn_implementation="eager"
+    ).eval()
+    tokens = np.random.default_rng(0).integers(3, VOCAB, 20).tolist()
+    with torch.inference_mode():
+        expected = own(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+    model = load_model(open_checkpoint(bundle.source))
+    for executor in (
+        OnnxRuntimeExecutor(bundle, capacity=32, slots=2, threads=1),
+        TorchExecutor(model, capacity=32, slots=2),
+    ):
+        made = [executor.prefill(1, tokens[:12], 0, keep=12)]
+        made += [executor.decode([1], [t], [i]) for i, t in enumerate(tokens[12:], 12)]
+        assert np.abs(np.concatenate(made) - expected).max() < 1e-4
+
+
+def test_16_bits(tmp_path: Path) -> None:
+    """Casts that a module writes for 16-bit weights are its own arithmetic on both sides."""
+    made = export(save(tmp_path / "model", "llama"), tmp_path / "bundle", dtype="fp16")
+    report = compare_bundle(made)
+    assert report.passed, (report.faults, report.divergence)
+
+
+def test_a_model_that_is_not_what_its_config_says(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(BadInput, match=r"weight model\.layers\.2\.\S+ is missing"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"model_type": "no such thing"}, "causal language models of transformers"),
+        ({"model_type": "gemma2", **PLAIN}, "scaled_dot_product_attention"),
+        ({"model_type": "mixtral", **PLAIN}, "stored one by one"),
+        (
+            {
+                "model_type": "llama",
+                **PLAIN,
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            },
+            "depends on how long a row is",
+        ),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_models_that_cannot_be_exported(config: dict[str, Any], message: str) -> None:
+    def build() -> None:
+        family = family_of(config)
+        family.build(family.read_spec(config))
+
+    with pytest.raises(BadInput, match=message):
+        build()
+
+
+def test_the_language_model_of_one_that_sees(tmp_path: Path) -> None:
+    """Its config is a part of the other's, and so are its weights."""
+    folder = save(tmp_path / "text", "gemma3n_text")
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "config.json").write_text(
+        json.dumps({"model_type": "gemma3n", "text_config": config, "vision_config": {}})
+    )
+    part = {f"model.language_model.{n.removeprefix('model.')}": w for n, w in weights.items()}
+    save_file({**part, "model.vision_tower.weight": torch.zeros(3)}, whole / "model.safetensors")
+    text, seeing = open_checkpoint(folder), open_checkpoint(whole)
+    assert seeing.spec.layout == text.spec.layout
+    ids = torch.arange(7)[None] + 3
+    with torch.inference_mode():
+        both = [load_model(c)(ids, torch.arange(7)[None]) for c in (text, seeing)]
+    assert torch.equal(*both)
+    del part["model.language_model.layers.0.mlp.up_proj.weight"]
+    save_file({**part, "model.vision_tower.weight": torch.zeros(3)}, whole / "model.safetensors")
+    with pytest.raises(BadInput, match=r"up_proj\.weight is missing"):
+        open_checkpoint(whole)
+
+
+def test_no_code_of_a_checkpoint_runs(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    trap = "raise SystemExit('executed')\n"
+    (folder / "modeling.py").write_text(trap)
+    auto_map = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    assert open_checkpoint(folder).spec.model_type == "llama"
