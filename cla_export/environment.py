@@ -136,7 +136,7 @@ def doctor() -> Diagnosis:
         python=platform.python_version(),
         executable=sys.executable,
         platform=platform.platform(),
-        cpus=_cpus(),
+        cpus=cpus(),
         memory=_memory(),
         packages=packages,
         providers=providers,
@@ -260,7 +260,8 @@ def processor() -> str:
     return next(names, platform.machine())
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """Processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
