@@ -267,6 +267,17 @@ def cpus() -> int:
     return os.cpu_count() or 1
 
 
+def machine(threads: int | None) -> dict[str, str | int | None]:
+    """Where it was measured; `threads` None is the runtime's own choice."""
+    return {
+        "processor": processor(),
+        "cpus": cpus(),
+        "threads": threads,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
 def _memory() -> int | None:
     """Bytes of memory, or the container's limit if that is less."""
     found = []

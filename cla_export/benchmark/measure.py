@@ -1,7 +1,6 @@
 """All cells of a run, one after another, and the floor under each."""
 
 import gc
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -22,7 +21,7 @@ from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.onnxruntime import graph_of
 from cla_export.engines.opening import backend_of
 from cla_export.engines.tensorrt_build import FLAVOURS
-from cla_export.environment import cpus, processor
+from cla_export.environment import cpus, machine
 from cla_export.errors import BadInput
 from cla_export.floor import Weights, read_weights
 from cla_export.peak_memory import forget_peak
@@ -131,14 +130,3 @@ def _share(row: Row, weights: Weights, bandwidth: float) -> float | None:
         return None
     read = weights.whole + row.batch * weights.row + row.kv_bytes
     return read / bandwidth * 1e3 / row.ms_per_step
-
-
-def machine(threads: int | None) -> dict[str, str | int | None]:
-    """Where it was measured; `threads` None is the runtime's own choice."""
-    return {
-        "processor": processor(),
-        "cpus": cpus(),
-        "threads": threads,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-    }
