@@ -136,7 +136,7 @@ def doctor() -> Diagnosis:
         python=platform.python_version(),
         executable=sys.executable,
         platform=platform.platform(),
-        cpus=_cpus(),
+        cpus=cpus(),
         memory=_memory(),
         packages=packages,
         providers=providers,
@@ -260,10 +260,22 @@ def processor() -> str:
     return next(names, platform.machine())
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """Processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def machine(threads: int | None) -> dict[str, str | int | None]:
+    """Where it was measured; `threads` None is the runtime's own choice."""
+    return {
+        "processor": processor(),
+        "cpus": cpus(),
+        "threads": threads,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
 
 
 def _memory() -> int | None:

@@ -17,11 +17,10 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from random_model import make_model
 
 from cla_export.environment import processor
 from cla_export.layout import uniform
-from cla_export.models import cla
-from cla_export.models.checkpoint import save_checkpoint
 
 CONFIG = {  # a 1.1 B Llama's widths
     "model_type": "cla",
@@ -54,7 +53,11 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch)
-        source = make_model(folder / "model", options.layers)
+        owners = list(uniform(options.layers, 2))
+        config = {**CONFIG, "num_hidden_layers": options.layers, "kv_owner": owners}
+        source = folder / "model"
+        count = make_model(source, config, torch.float16).spec.parameters()
+        print(f"{count / 1e9:.2f} B parameters, {options.layers} layers, CLA2, GQA 32/4, float16")
         print(f"{date.today()}, {os.cpu_count()} x {processor()}; `python {' '.join(sys.argv)}`\n")
         print("| step | seconds | peak MiB | result MiB |")
         print("|---|---|---|---|")
@@ -70,21 +73,6 @@ def main() -> int:
             row(f"build, {attention}", seconds, max(peak, found["peak_bytes"]),
                 found["engine"]["bytes"])  # fmt: skip
     return 0
-
-
-def make_model(folder: Path, layers: int) -> Path:
-    """A CLA2 checkpoint in float16."""
-    config = {**CONFIG, "num_hidden_layers": layers, "kv_owner": list(uniform(layers, 2))}
-    torch.manual_seed(0)
-    model = cla.build(cla.read_spec(config)).half()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{count / 1e9:.2f} B parameters, {layers} layers, CLA2, GQA 32/4, float16")
-    save_checkpoint(model, folder, config, dtype=torch.float16)
-    return folder
 
 
 def step(*arguments: str) -> tuple[float, int, dict]:

@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from random_model import add_shape_options, config_of, make_model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -31,9 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import cla_export
 from cla_export.bundle import Bundle
 from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
-from cla_export.layout import uniform
 from cla_export.models import cla
-from cla_export.models.checkpoint import save_checkpoint
 from cla_export.spec import ModelSpec
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,13 +48,11 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[2048, 16384])
     parser.add_argument("--steps", type=int, default=50)
-    for name, default in (("layers", 20), ("hidden", 2048), ("ffn", 5472), ("heads", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("kv-heads", 1), ("head-dim", 128), ("factor", 2), ("vocab", 50304)):
-        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--stock", action="store_true", help="ONNX Runtime's own operators alone")
     parser.add_argument("--profile", action="store_true", help="what the time of a step goes to")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--factor", type=int, default=2, metavar="N", help="layers that share")
+    add_shape_options(parser, layers=20, hidden=2048, ffn=5472, heads=16, head_dim=128, vocab=50304)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_cuda.py needs an NVIDIA GPU and a CUDA build of PyTorch", file=sys.stderr)
@@ -74,30 +71,10 @@ def main() -> int:
 
 def make(folder: Path, args: argparse.Namespace) -> tuple[cla.ClaDecoder, Bundle]:
     """A model with random weights, and its bundle."""
-    config = {
-        "model_type": "cla",
-        "vocab_size": args.vocab,
-        "hidden_size": args.hidden,
-        "intermediate_size": args.ffn,
-        "num_hidden_layers": args.layers,
-        "num_attention_heads": args.heads,
-        "num_key_value_heads": args.kv_heads,
-        "head_dim": args.head_dim,
-        "kv_owner": list(uniform(args.layers, args.factor)),
-        "max_position_embeddings": max(args.context) + SPARE,
-        "tie_word_embeddings": True,
-    }
-    torch.manual_seed(0)
-    model = cla.build(cla.read_spec(config)).to(DTYPES[args.dtype]).cuda()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
-    save_checkpoint(model.cpu(), folder / "model", config, dtype=DTYPES[args.dtype])
+    config = config_of(args, args.factor, max(args.context) + SPARE)
+    model = make_model(folder / "model", config, DTYPES[args.dtype], "cuda")
     bundle = cla_export.export(folder / "model", folder / "bundle", dtype=args.dtype)
-    return model.cuda(), bundle
+    return model, bundle
 
 
 def cell(

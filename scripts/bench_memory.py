@@ -11,22 +11,21 @@ one slot could have, as memory allows. The budget is of caches alone, in float32
 
 import argparse
 import os
-import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from bench_peers import WARM, add_shape_options, heading, machine, made_up, make_model, versions
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from peers.timing import WARM, decode_ms
+from provenance import heading, provenance
+from random_model import SHAPE, add_shape_options, config_of, made_up, make_model
 
 from cla_export.bundle import Bundle, write_json
 from cla_export.engines.executor import Executor
@@ -97,7 +96,8 @@ def sizes(text: str) -> list[int]:
 
 
 def make_bundle(scratch: Path, options: argparse.Namespace, factor: int) -> Bundle:
-    source = make_model(scratch / f"model{factor}", options, factor, options.context)
+    source = scratch / f"model{factor}"
+    make_model(source, config_of(options, factor, options.context))
     return export(source, scratch / f"bundle{factor}")
 
 
@@ -155,27 +155,21 @@ def time_round(bundle: Bundle, rows: Sequence[Row], options: argparse.Namespace)
 
 def step_ms(executor: Executor, slots: int, held: int, steps: int) -> float:
     """Median milliseconds of a greedy step over so many slots, which end up full."""
-    tokens: Sequence[int] = [1] * slots
-    found = []
-    for length in range(held, held + WARM + steps):
-        began = time.perf_counter()
-        logits = executor.decode(range(slots), tokens, [length] * slots)
-        tokens = logits.argmax(-1).tolist()
-        found.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(found[WARM:])
+
+    def step(tokens: Sequence[int], length: int) -> Sequence[int]:
+        best: list[int] = (
+            executor.decode(range(slots), tokens, [length] * slots).argmax(-1).tolist()
+        )
+        return best
+
+    return statistics.median(decode_ms(step, slots, held, steps))
 
 
 def summary(rows: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
     """All of a run, as --json writes it."""
     return {
-        "date": str(date.today()),
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(options.threads),
-        "versions": versions(),
-        "model": {
-            name: getattr(options, name)
-            for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")
-        },
+        **provenance(options.threads),
+        "model": {name: getattr(options, name) for name in SHAPE},
         "context": options.context,
         "max_slots": options.max_slots,
         "rows": [asdict(row) for row in rows],

@@ -16,12 +16,13 @@ from models_zoo import MIXED, Zoo
 from rich.console import Console
 
 import cla_export
-from cla_export import benchmark
-from cla_export.benchmark import Bench, Row, compare, read_bench
+from cla_export.benchmark import Bench, Comparison, Row, compare, measure, read_bench, timing
+from cla_export.benchmark.cells import Cell
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor, graph_of
 from cla_export.errors import BadInput, MissingEnvironment
 from cla_export.floor import Weights, kv_bytes, read_weights
 from cla_export.layout import KVLayout
+from cla_export.peak_memory import forget_peak, read_peak
 from cla_export.views.benchmark import markdown, plot, render
 
 BANDWIDTH = 1e9  # bytes per second, of every test
@@ -34,13 +35,13 @@ ROPE = 2 * 8 * 4  # bytes of a token's cosines and sines
 
 @pytest.fixture(autouse=True)
 def _bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "read_bandwidth", lambda _threads: BANDWIDTH)
+    monkeypatch.setattr(measure, "read_bandwidth", lambda _threads: BANDWIDTH)
 
 
 @pytest.fixture(scope="module")
 def measured(zoo: Zoo) -> Bench:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "read_bandwidth", lambda _threads: BANDWIDTH)
+        patch.setattr(measure, "read_bandwidth", lambda _threads: BANDWIDTH)
         return cla_export.bench(
             zoo.bundle(**TINY), batches=(1, 2), contexts=(8, 16), steps=3, prompt=100, threads=1
         )
@@ -120,9 +121,10 @@ def test_an_engine_has_the_capacity_that_it_was_built_for(
         asked.append((options["capacity"], options["slots"]))
         return OnnxRuntimeExecutor(bundle, capacity=24, slots=options["slots"], threads=1)
 
-    monkeypatch.setattr(benchmark, "backend_of", lambda *_: "tensorrt")
-    monkeypatch.setattr(benchmark, "open_executor", open_executor)
-    monkeypatch.setitem(benchmark._MODULES, "tensorrt", "numpy")
+    for module in (measure, timing):
+        monkeypatch.setattr(module, "backend_of", lambda *_: "tensorrt")
+    monkeypatch.setattr(timing, "open_executor", open_executor)
+    monkeypatch.setitem(measure._MODULES, "tensorrt", "numpy")
     found = cla_export.bench(bundle, batches=[2], contexts=[8], steps=2, prompt=9)
     assert asked == [(None, 2), (None, 1)]
     assert [row.floor_share for row in found.rows] == [None, None]
@@ -132,7 +134,7 @@ def test_an_engine_has_the_capacity_that_it_was_built_for(
 
 def test_caches_are_filled_and_not_copied(zoo: Zoo) -> None:
     executor = OnnxRuntimeExecutor(zoo.bundle(**MIXED), capacity=40, slots=2, threads=1)
-    benchmark._fill(executor, benchmark._Cell("decode", 2, 32, 1))
+    timing.fill(executor, Cell("decode", 2, 32, 1))
     pools = [part[:, :, :32] for group in range(2) for part in executor.cache(group)]
     for pool in pools:  # [slots, Hkv, T, D]
         assert 0.5 < pool.std() < 2
@@ -141,7 +143,7 @@ def test_caches_are_filled_and_not_copied(zoo: Zoo) -> None:
     layout, context = KVLayout.create([0], 4, 64), 4096
     stub: Any = SimpleNamespace(layout=layout, write=lambda *_: None)
     tracemalloc.start()
-    benchmark._fill(stub, benchmark._Cell("decode", 1, context, 1))
+    timing.fill(stub, Cell("decode", 1, context, 1))
     assert tracemalloc.get_traced_memory()[1] < kv_bytes(layout, "float32", 1, context) / 8
     tracemalloc.stop()
 
@@ -149,10 +151,10 @@ def test_caches_are_filled_and_not_copied(zoo: Zoo) -> None:
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks stay")
 def test_the_peak_starts_anew() -> None:
     block = np.ones(2**25)  # 256 MiB
-    high = benchmark._peak()
+    high = read_peak()
     del block
-    benchmark._forget_peak()
-    assert benchmark._peak() < high - 2**27
+    forget_peak()
+    assert read_peak() < high - 2**27
 
 
 # What a step reads
@@ -218,7 +220,7 @@ def test_refusals(zoo: Zoo, change: dict[str, Any], message: str) -> None:
 def test_faster_and_within_noise_is_no_regression() -> None:
     old = run_of(made(10), made(20, batch=8), made(300, phase="prefill"))
     now = run_of(made(5), made(21.9, batch=8), made(329, phase="prefill"))
-    assert compare(now, old) == benchmark.Comparison((), ())
+    assert compare(now, old) == Comparison((), ())
     assert len(compare(now, old, noise=0.05).regressions) == 2
 
 
