@@ -11,6 +11,7 @@ from cla_export.errors import GraphError
 from cla_export.graph_text import from_text, to_text
 from cla_export.layout import KVLayout
 from cla_export.rewrite.classify_masks import classify_masks
+from cla_export.rewrite.fuse_rms_norm import fuse_rms_norm
 from cla_export.rewrite.fuse_rotary import fuse_rotary
 from cla_export.rewrite.group_attention import group_attention
 from cla_export.rewrite.hoist_key_scale import hoist_key_scale
@@ -18,6 +19,7 @@ from cla_export.rewrite.keep_last_logits import keep_last_logits
 from cla_export.rewrite.name_nodes import name_nodes
 from cla_export.rewrite.report import PassReport
 from cla_export.rewrite.simplify import simplify
+from cla_export.rewrite.split_rotation import split_rotation
 from cla_export.rewrite.strip_repeat_kv import strip_repeat_kv
 from cla_export.rewrite.thread_caches import thread_caches
 
@@ -33,6 +35,8 @@ def _thread(model: ir.Model) -> PassReport:
 PASSES: Mapping[str, Callable[[ir.Model], PassReport | tuple[KVLayout, PassReport]]] = {
     "simplify": simplify,
     "strip_repeat_kv": strip_repeat_kv,
+    "fuse_rms_norm": fuse_rms_norm,
+    "split_rotation": split_rotation,
     "fuse_rotary": fuse_rotary,
     "hoist_key_scale": hoist_key_scale,
     "classify_masks": classify_masks,

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from cla_export.layout import KVLayout
 from cla_export.rewrite.classify_masks import classify_masks
+from cla_export.rewrite.fuse_rms_norm import fuse_rms_norm
 from cla_export.rewrite.fuse_rotary import fuse_rotary
 from cla_export.rewrite.group_attention import group_attention
 from cla_export.rewrite.hoist_key_scale import hoist_key_scale
@@ -17,6 +18,7 @@ from cla_export.rewrite.keep_last_logits import keep_last_logits
 from cla_export.rewrite.name_nodes import name_nodes
 from cla_export.rewrite.report import PassReport
 from cla_export.rewrite.simplify import drop_unused, simplify
+from cla_export.rewrite.split_rotation import split_rotation
 from cla_export.rewrite.strip_repeat_kv import strip_repeat_kv
 from cla_export.rewrite.structure import check_structure
 from cla_export.rewrite.thread_caches import thread_caches
@@ -41,6 +43,8 @@ def rewrite(stateless: ir.Model, expected: KVLayout | None = None) -> Rewritten:
     reports = [
         simplify(model),
         strip_repeat_kv(model),
+        fuse_rms_norm(model),
+        split_rotation(model),
         fuse_rotary(model),
         hoist_key_scale(model),
         classify_masks(model),

@@ -303,7 +303,7 @@ def test_check_shows_what_changed(copy, monkeypatch, capsys):
     assert "+  [layer_0] y0 = Attention <is_causal = 1> (q, k, v)" in shown
     assert "missing: passes/simplify/after.onnxtxt" in shown
     assert "stale: passes/strange/after.onnxtxt" in shown
-    assert "3 of 5 goldens" in shown
+    assert "3 of 7 goldens" in shown
     assert regen(monkeypatch, *only) == 0
     assert changed.read_text() == golden("passes/strip_repeat_kv/after.onnxtxt")
     assert not (copy / "passes/strange/after.onnxtxt").exists()

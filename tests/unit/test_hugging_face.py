@@ -1,10 +1,12 @@
 """Models of transformers, by their own code: small random ones, saved by it, exported, compared."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -120,11 +122,31 @@ def test_logits_are_those_of_the_familys_own_code(bundle: Bundle) -> None:
         assert np.abs(np.concatenate(made) - expected).max() < 1e-4
 
 
+def operators(graph: Path | None) -> Counter[str]:
+    assert graph is not None
+    return Counter(node.op_type for node in ir.load(graph).graph)
+
+
 def test_16_bits(tmp_path: Path) -> None:
     """Casts that a module writes for 16-bit weights are its own arithmetic on both sides."""
     made = export(save(tmp_path / "model", "llama"), tmp_path / "bundle", dtype="fp16")
     report = compare_bundle(made)
     assert report.passed, (report.faults, report.divergence)
+    found = operators(made.cuda_plugin_graph)
+    assert found["ClaLinear"] == 2 * 4 + 1
+    assert found["ClaRotateAppend"] == found["ClaAttention"] == 2
+    assert not found["RMSNormalization"] + found["MatMul"] + found["RotaryEmbedding"]
+
+
+def test_norms_and_rotations_are_one_operator_each(bundle: Bundle, kind: str) -> None:
+    if kind in ("llama", "mistral", "qwen3"):
+        found = operators(bundle.graph)
+        of_heads = 4 if kind == "qwen3" else 0  # norms of queries and keys
+        norms = found["RMSNormalization"] + found["SimplifiedLayerNormalization"]
+        norms += found["SkipSimplifiedLayerNormalization"]
+        assert norms == 2 * 2 + 1 + of_heads
+        assert found["RotaryEmbedding"] == 2 * 2
+        assert not found["Pow"] + found["Neg"] + found["ReduceMean"]
 
 
 def test_a_model_that_is_not_what_its_config_says(tmp_path: Path) -> None:
