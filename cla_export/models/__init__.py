@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from cla_export.models.decoder import Decoder
 
-FAMILIES: Mapping[str, str] = {"cla": "cla_export.models.cla"}  # config's model_type -> module
+FAMILIES: Mapping[str, str] = {  # config's model_type -> module
+    "cla": "cla_export.models.cla",
+    "gpt_crosslayer": "cla_export.models.gpt_crosslayer",
+}
 
 
 class Family(Protocol):

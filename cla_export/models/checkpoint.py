@@ -63,9 +63,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     spec = family_of(config).read_spec(config)
     tensors = read_index(folder)
-    for name, stored in (spec.renamed or {}).items():
-        if name not in tensors and stored in tensors:
-            tensors[name] = tensors.pop(stored)
+    renamed = spec.renamed or {}
+    if any(name not in tensors for name in renamed) and all(n in tensors for n in renamed.values()):
+        moved = {name: tensors[stored] for name, stored in renamed.items()}
+        rest = {name: entry for name, entry in tensors.items() if name not in renamed.values()}
+        tensors = {**rest, **moved}
     _check_weights(folder, spec, tensors)
     return Checkpoint(folder, config, spec, {name: tensors[name] for name in spec.weights()})
 
