@@ -23,14 +23,16 @@
 #include "onnxruntime_abi.h"
 
 #if defined(__AVX512F__)
-enum { LANES = 16, PV_ROWS = 6, PV_COLUMNS = 4 };
+enum { LANES = 16 };
 #elif defined(__AVX2__)
-enum { LANES = 8, PV_ROWS = 3, PV_COLUMNS = 4 };
+enum { LANES = 8 };
 #else
-enum { LANES = 4, PV_ROWS = 3, PV_COLUMNS = 4 };
+enum { LANES = 4 };
 #endif
 enum {
   BLOCK = 128,     /* keys that are scored, then weighted, at a time: they stay in L1 and L2 */
+  AHEAD = 4096,    /* floats of keys, and of values, fetched before they are used: 16 KiB each */
+  LINE = 16,       /* floats that are fetched at a time */
   KEYS = 8,        /* keys in flight in the loop of lanes */
   TILES = 4,       /* tiles of LANES rows that share a block of keys */
   RANGES = 16,     /* most ranges of keys that a block of rows is split into */
@@ -48,6 +50,7 @@ typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(LANES * 4)))
 
 INLINE vec load(const float *p) { return *(const loose *)p; }
 INLINE void store(float *p, vec v) { *(loose *)p = v; }
+INLINE void fetch(const float *p) { __builtin_prefetch(p, 0, 1); }
 INLINE vec splat(float x) { return (vec){0} + x; }
 INLINE vec pick(ints which, vec a, vec b) { return (vec)((which & (ints)a) | (~which & (ints)b)); }
 INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
@@ -76,18 +79,17 @@ INLINE vec soft_cap(vec s, float cap) {
 
 /* ---- scores --------------------------------------------------------------------------------- */
 
-/* scores[t][lane] of `keys` keys; queries [D][LANES], scaled. Fetches what `next` points at, a
- * block like this one, while it multiplies. */
+/* scores[t][lane] of `keys` keys; queries [D][LANES], scaled. */
 static void score_lanes(const float *restrict k, const float *restrict queries,
-                        float *restrict scores, int keys, int dim, const float *next) {
+                        float *restrict scores, int keys, int dim) {
   int t = 0;
   for (; t + KEYS <= keys; t += KEYS) {
     const float *row = k + (size_t)t * dim;
-    for (int i = 0; i < KEYS * dim; i += 16) __builtin_prefetch(next + (size_t)t * dim + i, 0, 1);
     vec sum[KEYS];
     for (int j = 0; j < KEYS; j++) sum[j] = splat(0.0f);
     for (int d = 0; d < dim; d++) {
       vec q = load(queries + d * LANES);
+      if (d * KEYS % LINE == 0) fetch(row + AHEAD + d * KEYS);
       for (int j = 0; j < KEYS; j++) sum[j] += row[(size_t)j * dim + d] * q;
     }
     for (int j = 0; j < KEYS; j++) store(scores + (t + j) * LANES, sum[j]);
@@ -138,10 +140,10 @@ INLINE vec sum_each(vec v[LANES]) {
  * queries [columns / LANES][stride][LANES], scaled, zero where columns overlap. */
 #define SCORE_DOTS(STRIDE)                                                                         \
   static void score_dots_##STRIDE(const float *restrict k, const float *restrict queries,          \
-                                  float *restrict scores, int keys, int dim, const float *next) {  \
+                                  float *restrict scores, int keys, int dim) {                     \
     enum { AT_ONCE = LANES / STRIDE };                                                             \
     for (int t = 0; t < keys; t += AT_ONCE) {                                                      \
-      vec sum[LANES];                                                                              \
+      vec sum[LANES], x[AT_ONCE];                                                                  \
       const float *row[AT_ONCE];                                                                   \
       for (int j = 0; j < AT_ONCE; j++) row[j] = k + (size_t)(t + j < keys ? t + j : keys - 1) * dim; \
       for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);                                        \
@@ -149,9 +151,12 @@ INLINE vec sum_each(vec v[LANES]) {
       for (int c = 0; c < dim; c += LANES, q += STRIDE * LANES) {                                  \
         int column = c + LANES <= dim ? c : dim - LANES;                                           \
         for (int j = 0; j < AT_ONCE; j++) {                                                        \
-          vec x = load(row[j] + column);                                                           \
-          __builtin_prefetch(next + (row[j] - k) + column, 0, 1);                                  \
-          for (int r = 0; r < STRIDE; r++) sum[j * STRIDE + r] += x * load(q + r * LANES);         \
+          x[j] = load(row[j] + column);                                                            \
+          fetch(row[j] + column + AHEAD);                                                          \
+        }                                                                                          \
+        for (int r = 0; r < STRIDE; r++) {                                                         \
+          vec y = load(q + r * LANES);                                                             \
+          for (int j = 0; j < AT_ONCE; j++) sum[j * STRIDE + r] += x[j] * y;                       \
         }                                                                                          \
       }                                                                                            \
       store(scores + t * STRIDE, sum_each(sum));                                                   \
@@ -167,32 +172,47 @@ SCORE_DOTS(8)
 #endif
 
 static void score_few(const float *k, const float *queries, float *scores, int keys, int dim,
-                      int stride, const float *next) {
-  if (stride == 1) score_dots_1(k, queries, scores, keys, dim, next);
-  if (stride == 2) score_dots_2(k, queries, scores, keys, dim, next);
+                      int stride) {
+  if (stride == 1) score_dots_1(k, queries, scores, keys, dim);
+  if (stride == 2) score_dots_2(k, queries, scores, keys, dim);
 #if defined(__AVX2__)
-  if (stride == 4) score_dots_4(k, queries, scores, keys, dim, next);
+  if (stride == 4) score_dots_4(k, queries, scores, keys, dim);
 #endif
 #if defined(__AVX512F__)
-  if (stride == 8) score_dots_8(k, queries, scores, keys, dim, next);
+  if (stride == 8) score_dots_8(k, queries, scores, keys, dim);
 #endif
 }
 
 /* ---- weighted values ------------------------------------------------------------------------ */
 
-/* out[row][column] += sum over t of weights[t][row] * v[t][column], R rows by C vectors; `column`
- * says where in a row of v each vector starts. */
+/* Where vector `c` of a row starts: the last one overlaps where the head dim is no multiple. */
+INLINE int column_of(int c, int dim) { return (c + 1) * LANES <= dim ? c * LANES : dim - LANES; }
+
+/* Rows, and vectors of each, that are summed at once: as many as there are registers for. */
+#if defined(__AVX512F__)
+enum { MOST_ROWS = 12, MOST_COLUMNS = 8 };
+#define EACH_ROWS(f) f(12, 2) f(6, 4) f(4, 4) f(3, 8) f(2, 8) f(1, 8)
+#else
+enum { MOST_ROWS = 3, MOST_COLUMNS = 4 };
+#define EACH_ROWS(f) f(3, 4) f(2, 4) f(1, 4)
+#endif
+
+/* out[row][column] += sum over t of weights[t][row] * v[t][column], R rows by C vectors from
+ * number `first`. */
 INLINE void weigh_block(const float *restrict v, const float *restrict weights,
-                        float *restrict out, int keys, int dim, int stride, int width,
-                        const int *column, const float *next, const int R, const int C) {
-  vec sum[PV_ROWS][PV_COLUMNS];
+                        float *restrict out, int keys, int dim, int stride, int width, int first,
+                        const int R, const int C) {
+  vec sum[MOST_ROWS][MOST_COLUMNS], x[MOST_COLUMNS];
+  int column[MOST_COLUMNS];
+  out += first * LANES;
+  for (int c = 0; c < C; c++) column[c] = column_of(first + c, dim);
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) sum[r][c] = load(out + r * width + c * LANES);
   for (int t = 0; t < keys; t++, v += dim, weights += stride) {
-    vec x[PV_COLUMNS];
-    if (next)
-      for (int c = 0; c < C; c++) __builtin_prefetch(next + (size_t)t * dim + column[c], 0, 1);
-    for (int c = 0; c < C; c++) x[c] = load(v + column[c]);
+    for (int c = 0; c < C; c++) {
+      x[c] = load(v + column[c]);
+      fetch(v + column[c] + AHEAD);
+    }
     for (int r = 0; r < R; r++)
       for (int c = 0; c < C; c++) sum[r][c] += weights[r] * x[c];
   }
@@ -200,53 +220,28 @@ INLINE void weigh_block(const float *restrict v, const float *restrict weights,
     for (int c = 0; c < C; c++) store(out + r * width + c * LANES, sum[r][c]);
 }
 
-#define WEIGH(R)                                                                                   \
+/* R rows: C vectors at a time, then halves of that. */
+#define WEIGH(R, C)                                                                                \
   static void weigh_##R(const float *v, const float *weights, float *out, int keys, int dim,       \
-                        int stride, int width, const float *next) {                                \
-    for (int c = 0, left = width / LANES; left > 0;) {                                             \
-      int column[PV_COLUMNS], some = left >= PV_COLUMNS ? PV_COLUMNS : left >= 2 ? 2 : 1;          \
-      for (int i = 0; i < some; i++) column[i] = column_of(c + i, dim);                            \
-      float *o = out + c * LANES;                                                                  \
-      if (some == PV_COLUMNS)                                                                      \
-        weigh_block(v, weights, o, keys, dim, stride, width, column, next, R, PV_COLUMNS);         \
-      else if (some == 2)                                                                          \
-        weigh_block(v, weights, o, keys, dim, stride, width, column, next, R, 2);                  \
-      else                                                                                         \
-        weigh_block(v, weights, o, keys, dim, stride, width, column, next, R, 1);                  \
-      c += some, left -= some;                                                                     \
-    }                                                                                              \
+                        int stride, int width) {                                                   \
+    int c = 0, vectors = width / LANES;                                                            \
+    for (; c + C <= vectors; c += C)                                                               \
+      weigh_block(v, weights, out, keys, dim, stride, width, c, R, C);                             \
+    if (C > 4 && c + 4 <= vectors)                                                                 \
+      weigh_block(v, weights, out, keys, dim, stride, width, c, R, 4), c += 4;                     \
+    if (C > 2 && c + 2 <= vectors)                                                                 \
+      weigh_block(v, weights, out, keys, dim, stride, width, c, R, 2), c += 2;                     \
+    if (c < vectors) weigh_block(v, weights, out, keys, dim, stride, width, c, R, 1);              \
   }
+EACH_ROWS(WEIGH)
 
-/* Where vector `c` of a row starts: the last one overlaps where the head dim is no multiple. */
-INLINE int column_of(int c, int dim) { return (c + 1) * LANES <= dim ? c * LANES : dim - LANES; }
-
-WEIGH(1)
-WEIGH(2)
-WEIGH(3)
-#if defined(__AVX512F__)
-WEIGH(4)
-WEIGH(6)
-#endif
-
-/* The rows of a tile, a few at a time; the first of them fetch the keys that come next. */
+/* The rows of a tile, as many at a time as there is code for. */
 static void weigh(const float *v, const float *weights, float *out, int rows, int keys, int dim,
-                  int stride, int width, const float *next) {
-  for (int r = 0; r < rows;) {
-    const float *w = weights + r;
-    float *o = out + (size_t)r * width;
-    int left = rows - r, some;
-#if defined(__AVX512F__)
-    some = left >= 6 ? 6 : left >= 4 ? 4 : left;
-    if (some == 6) weigh_6(v, w, o, keys, dim, stride, width, next);
-    if (some == 4) weigh_4(v, w, o, keys, dim, stride, width, next);
-#else
-    some = left >= 3 ? 3 : left;
-#endif
-    if (some == 3) weigh_3(v, w, o, keys, dim, stride, width, next);
-    if (some == 2) weigh_2(v, w, o, keys, dim, stride, width, next);
-    if (some == 1) weigh_1(v, w, o, keys, dim, stride, width, next);
-    r += some, next = NULL;
-  }
+                  int stride, int width) {
+#define WHILE_LEFT(R, C)                                                                           \
+  for (; rows >= R; rows -= R, weights += R, out += (size_t)R * width)                             \
+    weigh_##R(v, weights, out, keys, dim, stride, width);
+  EACH_ROWS(WHILE_LEFT)
 }
 
 /* ---- one call ------------------------------------------------------------------------------- */
@@ -329,12 +324,12 @@ INLINE vec plus(vec a, vec b) { return a + b; }
 /* Add the keys [from, to) of a block to the state of one tile. */
 static void add_block(const Call *c, int64_t length, int first, int rows, const float *k,
                       const float *v, int64_t from, int64_t to, const float *queries,
-                      float *scores, State s, const float *next) {
+                      float *scores, State s) {
   int keys = (int)(to - from), vectors = (keys * c->stride + LANES - 1) / LANES;
   if (c->stride == LANES)
-    score_lanes(k + from * c->dim, queries, scores, keys, c->dim, v + from * c->dim);
+    score_lanes(k + from * c->dim, queries, scores, keys, c->dim);
   else
-    score_few(k + from * c->dim, queries, scores, keys, c->dim, c->stride, v + from * c->dim);
+    score_few(k + from * c->dim, queries, scores, keys, c->dim, c->stride);
   if (c->softcap > 0)
     for (int i = 0; i < vectors; i++)
       store(scores + i * LANES, soft_cap(load(scores + i * LANES), c->softcap));
@@ -366,7 +361,7 @@ static void add_block(const Call *c, int64_t length, int first, int rows, const 
     if (factor != 1.0f)
       for (int i = 0; i < c->width; i += LANES) store(out + i, load(out + i) * factor);
   }
-  weigh(v + from * c->dim, scores, s.out, rows, keys, c->dim, c->stride, c->width, next);
+  weigh(v + from * c->dim, scores, s.out, rows, keys, c->dim, c->stride, c->width);
 }
 
 static void write_rows(const Call *c, int b, int h, int first, int rows, State s) {
@@ -441,7 +436,7 @@ static void attend(void *data, size_t index) {
       if (low >= high) continue;
       State part = {s.maximum + r, s.sum + r, s.out + (size_t)r * c->width};
       add_block(c, length, first + r, some_rows, k, v, low, high, queries + i * tile_queries,
-                scores, part, i == tiles - 1 ? k + (from + BLOCK) * c->dim : NULL);
+                scores, part);
     }
   for (int i = 0; i < tiles; i++) store(s.sum + i * tile_rows, fold(load(s.sum + i * tile_rows), c->stride, plus));
   if (used == 1)
