@@ -5,6 +5,7 @@ runs wherever that can be compiled; the stock one, with ONNX Runtime's own opera
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from cla_export.bundle import GRAPH, Bundle
 from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor, capacity_of
 from cla_export.errors import BadInput, MissingEnvironment, RunError
+from cla_export.layout import KVLayout
 from cla_export.plugin import compile_cpu
 from cla_export.rewrite.keep_last_logits import KEEP
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _NUMPY = {"float32": np.float32, "float16": np.float16}
 _log = logging.getLogger(__name__)
+_LINE = 64  # bytes of a cache line, which a vector of the CPU operators does not straddle
 _QUIET = 3  # log errors only; ONNX Runtime warns about overridable initialisers, which we use
 
 
@@ -63,11 +66,7 @@ class OnnxRuntimeExecutor(PooledExecutor):
         self.graph, library = graph_of(bundle, stock=stock)
         self._ort, self._session = _open(self.graph, threads, change, library)
         self._by_mask = bundle.target == "onnxruntime" and self.graph == bundle.graph
-        dtype = _NUMPY[bundle.dtype]
-        self._pools: list[Cache] = []
-        for group in self.layout.groups:
-            shape = (slots, group.kv_heads, self.capacity, group.head_dim)
-            self._pools.append((np.zeros(shape, dtype), np.zeros(shape, dtype)))
+        self._pools = _empty_pools(self.layout, slots, capacity, np.dtype(_NUMPY[bundle.dtype]))
         self._views: dict[tuple[int, int], list[tuple[str, Any]]] = {}
 
     def cache(self, group: int) -> Cache:
@@ -153,6 +152,27 @@ class OnnxRuntimeExecutor(PooledExecutor):
                 for part, pool in zip(("key", "value"), pools, strict=True)
             ]
         return self._views[first, rows]
+
+
+def _empty_pools(
+    layout: KVLayout, slots: int, capacity: int, dtype: np.dtype[np.generic]
+) -> list[Cache]:
+    """Keys and values of each group, [slots, Hkv, C, D], zeroed, each from a cache line on.
+
+    They share one array: NumPy asks for huge pages for a large one, and aligns it to 16 bytes only.
+    """
+    shapes = [(slots, group.kv_heads, capacity, group.head_dim) for group in layout.groups]
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    steps = [size + -size % _LINE for size in sizes]
+    memory = np.zeros(2 * sum(steps) + _LINE, np.uint8)
+    at, pools = -memory.ctypes.data % _LINE, []
+    for shape, size, step in zip(shapes, sizes, steps, strict=True):
+        keys, values = (
+            memory[place : place + size].view(dtype).reshape(shape) for place in (at, at + step)
+        )
+        pools.append((keys, values))
+        at += 2 * step
+    return pools
 
 
 def graph_of(bundle: Bundle, *, stock: bool = False) -> tuple[Path, Path | None]:

@@ -1,15 +1,10 @@
 """Linears that read a weight as the checkpoint has it, so that it is in memory once.
 
-    MatMul(x, Transpose(weight [N, K]))  ->  FusedMatMul(x, weight, transB=1)
-    the same, of a tied head             ->  ClaLinear(x, weight)
+    MatMul(x, Transpose(weight [N, K]))  ->  ClaLinear(x, weight)
 
-1. ONNX Runtime would transpose a weight when it opens the file, then pack the result for its
-   kernels: a third copy of each, for a moment, and holes in its arena ever after. FusedMatMul packs
-   straight from the file.
-2. A tied head's weight is the embedding too, which stays in memory as it is: packed, the model's
-   largest tensor would be there twice. ClaLinear, of `plugin/cla_attention_cpu.c`, packs nothing.
-
-Source: com.microsoft.FusedMatMul, version 1.
+ONNX Runtime would transpose a weight when it opens the file, then pack the result for its kernels:
+two more copies of each. ClaLinear, of `plugin/cla_attention_cpu.c`, packs nothing: it reads the
+pages of the file itself, for a tied head those that the embedding is looked up in.
 """
 
 import onnx_ir as ir
@@ -38,16 +33,13 @@ def read_weights_in_place(model: ir.Model) -> None:
         weight = linear_weight(node)
         if weight is None or weight.dtype != ir.DataType.FLOAT:
             continue
-        tied = any(user.op_type == "Gather" for user in weight.consumers())
-        op_type, domain = ("ClaLinear", DOMAIN) if tied else ("FusedMatMul", "com.microsoft")
         old = node.outputs[0]
         new = ir.node(
-            op_type,
+            "ClaLinear",
             [node.inputs[0], weight],
-            {} if tied else {"transB": 1},
             outputs=[ir.Value(name=old.name, type=old.type, shape=old.shape)],
-            domain=domain,
-            name=str(node.name).replace("/MatMul", f"/{op_type}"),
+            domain=DOMAIN,
+            name=str(node.name).replace("/MatMul", "/ClaLinear"),
             metadata_props=dict(node.metadata_props),
         )
         if old.is_graph_output():
@@ -55,5 +47,5 @@ def read_weights_in_place(model: ir.Model) -> None:
         graph.insert_before(node, new)
         old.replace_all_uses_with(new.outputs[0])
         graph.remove(node, safe=True)
-        model.opset_imports[domain] = 1
+        model.opset_imports[DOMAIN] = 1
     drop_unused(model)

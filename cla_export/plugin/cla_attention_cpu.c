@@ -10,8 +10,11 @@
  *   lanes  row r of a tile is lane r of a vector: every key element times a vector of queries
  *   dots   few rows: a vector along the head dim for each key and row, then a transposing sum
  *
+ * What a loop reads from memory it fetches itself, a little ahead and evenly: a line between some
+ * multiplications, since a burst of fetches holds up the loads behind it.
+ *
  * ClaLinear reads a weight as the checkpoint has it, so weights are in memory once, and shared with
- * the file: each of its rows is multiplied with a few tokens at a time, along the columns.
+ * the file. A few tokens are multiplied along the columns, as dots are; more of them are lanes.
  *
  * Compiled for the machine it runs on, with GCC's vector extensions: any architecture will do.
  */
@@ -23,20 +26,27 @@
 #include "onnxruntime_abi.h"
 
 #if defined(__AVX512F__)
-enum { LANES = 16, PV_ROWS = 6, PV_COLUMNS = 4 };
+enum { LANES = 16, PANEL_ROWS = 8, PANELS = 3 };
+#define EACH_PAIR(x) x, x, x, x, x, x, x, x
 #elif defined(__AVX2__)
-enum { LANES = 8, PV_ROWS = 3, PV_COLUMNS = 4 };
+enum { LANES = 8, PANEL_ROWS = 4, PANELS = 2 };
+#define EACH_PAIR(x) x, x, x, x
 #else
-enum { LANES = 4, PV_ROWS = 3, PV_COLUMNS = 4 };
+enum { LANES = 4, PANEL_ROWS = 4, PANELS = 2 };
+#define EACH_PAIR(x) x, x
 #endif
 enum {
   BLOCK = 128,     /* keys that are scored, then weighted, at a time: they stay in L1 and L2 */
+  AHEAD = 4096,    /* floats of keys, of values or of a weight, fetched before they are used */
+  LINE = 16,       /* floats that are fetched at a time */
   KEYS = 8,        /* keys in flight in the loop of lanes */
   TILES = 4,       /* tiles of LANES rows that share a block of keys */
   RANGES = 16,     /* most ranges of keys that a block of rows is split into */
   MAX_DIM = 512,
-  COLUMNS = 1024,  /* of a weight at a time, where tokens are many: a tile's stay in L1 */
-  TOKENS = 128,    /* of a task: their columns stay in L2 */
+  FEW = 4,         /* tokens of a product that are not lanes */
+  PAIR_ROWS = 4,   /* of a weight at a time, where tokens are pairs of lanes */
+  COLUMNS = 2048,  /* of a weight at a time, where tokens are many: a few panels' stay in L2 */
+  TASK_PANELS = 6, /* of a task */
 };
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(LANES * 4)));
@@ -48,6 +58,7 @@ typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(LANES * 4)))
 
 INLINE vec load(const float *p) { return *(const loose *)p; }
 INLINE void store(float *p, vec v) { *(loose *)p = v; }
+INLINE void fetch(const float *p) { __builtin_prefetch(p, 0, 1); }
 INLINE vec splat(float x) { return (vec){0} + x; }
 INLINE vec pick(ints which, vec a, vec b) { return (vec)((which & (ints)a) | (~which & (ints)b)); }
 INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
@@ -76,18 +87,17 @@ INLINE vec soft_cap(vec s, float cap) {
 
 /* ---- scores --------------------------------------------------------------------------------- */
 
-/* scores[t][lane] of `keys` keys; queries [D][LANES], scaled. Fetches what `next` points at, a
- * block like this one, while it multiplies. */
+/* scores[t][lane] of `keys` keys; queries [D][LANES], scaled. */
 static void score_lanes(const float *restrict k, const float *restrict queries,
-                        float *restrict scores, int keys, int dim, const float *next) {
+                        float *restrict scores, int keys, int dim) {
   int t = 0;
   for (; t + KEYS <= keys; t += KEYS) {
     const float *row = k + (size_t)t * dim;
-    for (int i = 0; i < KEYS * dim; i += 16) __builtin_prefetch(next + (size_t)t * dim + i, 0, 1);
     vec sum[KEYS];
     for (int j = 0; j < KEYS; j++) sum[j] = splat(0.0f);
     for (int d = 0; d < dim; d++) {
       vec q = load(queries + d * LANES);
+      if (d * KEYS % LINE == 0) fetch(row + AHEAD + d * KEYS);
       for (int j = 0; j < KEYS; j++) sum[j] += row[(size_t)j * dim + d] * q;
     }
     for (int j = 0; j < KEYS; j++) store(scores + (t + j) * LANES, sum[j]);
@@ -138,10 +148,10 @@ INLINE vec sum_each(vec v[LANES]) {
  * queries [columns / LANES][stride][LANES], scaled, zero where columns overlap. */
 #define SCORE_DOTS(STRIDE)                                                                         \
   static void score_dots_##STRIDE(const float *restrict k, const float *restrict queries,          \
-                                  float *restrict scores, int keys, int dim, const float *next) {  \
+                                  float *restrict scores, int keys, int dim) {                     \
     enum { AT_ONCE = LANES / STRIDE };                                                             \
     for (int t = 0; t < keys; t += AT_ONCE) {                                                      \
-      vec sum[LANES];                                                                              \
+      vec sum[LANES], x[AT_ONCE];                                                                  \
       const float *row[AT_ONCE];                                                                   \
       for (int j = 0; j < AT_ONCE; j++) row[j] = k + (size_t)(t + j < keys ? t + j : keys - 1) * dim; \
       for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);                                        \
@@ -149,9 +159,12 @@ INLINE vec sum_each(vec v[LANES]) {
       for (int c = 0; c < dim; c += LANES, q += STRIDE * LANES) {                                  \
         int column = c + LANES <= dim ? c : dim - LANES;                                           \
         for (int j = 0; j < AT_ONCE; j++) {                                                        \
-          vec x = load(row[j] + column);                                                           \
-          __builtin_prefetch(next + (row[j] - k) + column, 0, 1);                                  \
-          for (int r = 0; r < STRIDE; r++) sum[j * STRIDE + r] += x * load(q + r * LANES);         \
+          x[j] = load(row[j] + column);                                                            \
+          fetch(row[j] + column + AHEAD);                                                          \
+        }                                                                                          \
+        for (int r = 0; r < STRIDE; r++) {                                                         \
+          vec y = load(q + r * LANES);                                                             \
+          for (int j = 0; j < AT_ONCE; j++) sum[j * STRIDE + r] += x[j] * y;                       \
         }                                                                                          \
       }                                                                                            \
       store(scores + t * STRIDE, sum_each(sum));                                                   \
@@ -167,32 +180,47 @@ SCORE_DOTS(8)
 #endif
 
 static void score_few(const float *k, const float *queries, float *scores, int keys, int dim,
-                      int stride, const float *next) {
-  if (stride == 1) score_dots_1(k, queries, scores, keys, dim, next);
-  if (stride == 2) score_dots_2(k, queries, scores, keys, dim, next);
+                      int stride) {
+  if (stride == 1) score_dots_1(k, queries, scores, keys, dim);
+  if (stride == 2) score_dots_2(k, queries, scores, keys, dim);
 #if defined(__AVX2__)
-  if (stride == 4) score_dots_4(k, queries, scores, keys, dim, next);
+  if (stride == 4) score_dots_4(k, queries, scores, keys, dim);
 #endif
 #if defined(__AVX512F__)
-  if (stride == 8) score_dots_8(k, queries, scores, keys, dim, next);
+  if (stride == 8) score_dots_8(k, queries, scores, keys, dim);
 #endif
 }
 
 /* ---- weighted values ------------------------------------------------------------------------ */
 
-/* out[row][column] += sum over t of weights[t][row] * v[t][column], R rows by C vectors; `column`
- * says where in a row of v each vector starts. */
+/* Where vector `c` of a row starts: the last one overlaps where the head dim is no multiple. */
+INLINE int column_of(int c, int dim) { return (c + 1) * LANES <= dim ? c * LANES : dim - LANES; }
+
+/* Rows, and vectors of each, that are summed at once: as many as there are registers for. */
+#if defined(__AVX512F__)
+enum { MOST_ROWS = 12, MOST_COLUMNS = 8 };
+#define EACH_ROWS(f) f(12, 2) f(6, 4) f(4, 4) f(3, 8) f(2, 8) f(1, 8)
+#else
+enum { MOST_ROWS = 3, MOST_COLUMNS = 4 };
+#define EACH_ROWS(f) f(3, 4) f(2, 4) f(1, 4)
+#endif
+
+/* out[row][column] += sum over t of weights[t][row] * v[t][column], R rows by C vectors from
+ * number `first`. */
 INLINE void weigh_block(const float *restrict v, const float *restrict weights,
-                        float *restrict out, int keys, int dim, int stride, int width,
-                        const int *column, const float *next, const int R, const int C) {
-  vec sum[PV_ROWS][PV_COLUMNS];
+                        float *restrict out, int keys, int dim, int stride, int width, int first,
+                        const int R, const int C) {
+  vec sum[MOST_ROWS][MOST_COLUMNS], x[MOST_COLUMNS];
+  int column[MOST_COLUMNS];
+  out += first * LANES;
+  for (int c = 0; c < C; c++) column[c] = column_of(first + c, dim);
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) sum[r][c] = load(out + r * width + c * LANES);
   for (int t = 0; t < keys; t++, v += dim, weights += stride) {
-    vec x[PV_COLUMNS];
-    if (next)
-      for (int c = 0; c < C; c++) __builtin_prefetch(next + (size_t)t * dim + column[c], 0, 1);
-    for (int c = 0; c < C; c++) x[c] = load(v + column[c]);
+    for (int c = 0; c < C; c++) {
+      x[c] = load(v + column[c]);
+      fetch(v + column[c] + AHEAD);
+    }
     for (int r = 0; r < R; r++)
       for (int c = 0; c < C; c++) sum[r][c] += weights[r] * x[c];
   }
@@ -200,53 +228,28 @@ INLINE void weigh_block(const float *restrict v, const float *restrict weights,
     for (int c = 0; c < C; c++) store(out + r * width + c * LANES, sum[r][c]);
 }
 
-#define WEIGH(R)                                                                                   \
+/* R rows: C vectors at a time, then halves of that. */
+#define WEIGH(R, C)                                                                                \
   static void weigh_##R(const float *v, const float *weights, float *out, int keys, int dim,       \
-                        int stride, int width, const float *next) {                                \
-    for (int c = 0, left = width / LANES; left > 0;) {                                             \
-      int column[PV_COLUMNS], some = left >= PV_COLUMNS ? PV_COLUMNS : left >= 2 ? 2 : 1;          \
-      for (int i = 0; i < some; i++) column[i] = column_of(c + i, dim);                            \
-      float *o = out + c * LANES;                                                                  \
-      if (some == PV_COLUMNS)                                                                      \
-        weigh_block(v, weights, o, keys, dim, stride, width, column, next, R, PV_COLUMNS);         \
-      else if (some == 2)                                                                          \
-        weigh_block(v, weights, o, keys, dim, stride, width, column, next, R, 2);                  \
-      else                                                                                         \
-        weigh_block(v, weights, o, keys, dim, stride, width, column, next, R, 1);                  \
-      c += some, left -= some;                                                                     \
-    }                                                                                              \
+                        int stride, int width) {                                                   \
+    int c = 0, vectors = width / LANES;                                                            \
+    for (; c + C <= vectors; c += C)                                                               \
+      weigh_block(v, weights, out, keys, dim, stride, width, c, R, C);                             \
+    if (C > 4 && c + 4 <= vectors)                                                                 \
+      weigh_block(v, weights, out, keys, dim, stride, width, c, R, 4), c += 4;                     \
+    if (C > 2 && c + 2 <= vectors)                                                                 \
+      weigh_block(v, weights, out, keys, dim, stride, width, c, R, 2), c += 2;                     \
+    if (c < vectors) weigh_block(v, weights, out, keys, dim, stride, width, c, R, 1);              \
   }
+EACH_ROWS(WEIGH)
 
-/* Where vector `c` of a row starts: the last one overlaps where the head dim is no multiple. */
-INLINE int column_of(int c, int dim) { return (c + 1) * LANES <= dim ? c * LANES : dim - LANES; }
-
-WEIGH(1)
-WEIGH(2)
-WEIGH(3)
-#if defined(__AVX512F__)
-WEIGH(4)
-WEIGH(6)
-#endif
-
-/* The rows of a tile, a few at a time; the first of them fetch the keys that come next. */
+/* The rows of a tile, as many at a time as there is code for. */
 static void weigh(const float *v, const float *weights, float *out, int rows, int keys, int dim,
-                  int stride, int width, const float *next) {
-  for (int r = 0; r < rows;) {
-    const float *w = weights + r;
-    float *o = out + (size_t)r * width;
-    int left = rows - r, some;
-#if defined(__AVX512F__)
-    some = left >= 6 ? 6 : left >= 4 ? 4 : left;
-    if (some == 6) weigh_6(v, w, o, keys, dim, stride, width, next);
-    if (some == 4) weigh_4(v, w, o, keys, dim, stride, width, next);
-#else
-    some = left >= 3 ? 3 : left;
-#endif
-    if (some == 3) weigh_3(v, w, o, keys, dim, stride, width, next);
-    if (some == 2) weigh_2(v, w, o, keys, dim, stride, width, next);
-    if (some == 1) weigh_1(v, w, o, keys, dim, stride, width, next);
-    r += some, next = NULL;
-  }
+                  int stride, int width) {
+#define WHILE_LEFT(R, C)                                                                           \
+  for (; rows >= R; rows -= R, weights += R, out += (size_t)R * width)                             \
+    weigh_##R(v, weights, out, keys, dim, stride, width);
+  EACH_ROWS(WHILE_LEFT)
 }
 
 /* ---- one call ------------------------------------------------------------------------------- */
@@ -329,12 +332,12 @@ INLINE vec plus(vec a, vec b) { return a + b; }
 /* Add the keys [from, to) of a block to the state of one tile. */
 static void add_block(const Call *c, int64_t length, int first, int rows, const float *k,
                       const float *v, int64_t from, int64_t to, const float *queries,
-                      float *scores, State s, const float *next) {
+                      float *scores, State s) {
   int keys = (int)(to - from), vectors = (keys * c->stride + LANES - 1) / LANES;
   if (c->stride == LANES)
-    score_lanes(k + from * c->dim, queries, scores, keys, c->dim, v + from * c->dim);
+    score_lanes(k + from * c->dim, queries, scores, keys, c->dim);
   else
-    score_few(k + from * c->dim, queries, scores, keys, c->dim, c->stride, v + from * c->dim);
+    score_few(k + from * c->dim, queries, scores, keys, c->dim, c->stride);
   if (c->softcap > 0)
     for (int i = 0; i < vectors; i++)
       store(scores + i * LANES, soft_cap(load(scores + i * LANES), c->softcap));
@@ -366,7 +369,7 @@ static void add_block(const Call *c, int64_t length, int first, int rows, const 
     if (factor != 1.0f)
       for (int i = 0; i < c->width; i += LANES) store(out + i, load(out + i) * factor);
   }
-  weigh(v + from * c->dim, scores, s.out, rows, keys, c->dim, c->stride, c->width, next);
+  weigh(v + from * c->dim, scores, s.out, rows, keys, c->dim, c->stride, c->width);
 }
 
 static void write_rows(const Call *c, int b, int h, int first, int rows, State s) {
@@ -441,7 +444,7 @@ static void attend(void *data, size_t index) {
       if (low >= high) continue;
       State part = {s.maximum + r, s.sum + r, s.out + (size_t)r * c->width};
       add_block(c, length, first + r, some_rows, k, v, low, high, queries + i * tile_queries,
-                scores, part, i == tiles - 1 ? k + (from + BLOCK) * c->dim : NULL);
+                scores, part);
     }
   for (int i = 0; i < tiles; i++) store(s.sum + i * tile_rows, fold(load(s.sum + i * tile_rows), c->stride, plus));
   if (used == 1)
@@ -551,67 +554,149 @@ typedef struct {
   const float *w, *x; /* [n, k], [tokens, k] */
   float *y;           /* [tokens, n] */
   int tokens, n, k;
-  int task_rows, task_tokens, token_tasks; /* of a task, and tasks side by side */
+  int task_rows, token_tasks; /* rows of a task; tasks of the same rows */
+  float *panels;              /* x, where tokens are lanes: [panel][k][LANES] */
 } Product;
 
-/* y[t][n] for LANES / S rows of w by S tokens over columns [from, to): what it was, plus that, if
- * `from` is past the first. Rows and tokens beyond those there are repeat the last. */
-#define TILE(S)                                                                                    \
-  static void tile_##S(const Product *p, int row, int rows, int token, int tokens, int from,       \
-                       int to, const float *next) {                                                \
-    enum { ROWS = LANES / S };                                                                     \
-    const float *w[ROWS], *x[S];                                                                   \
-    for (int j = 0; j < ROWS; j++) w[j] = p->w + (size_t)(row + (j < rows ? j : rows - 1)) * p->k; \
-    for (int t = 0; t < S; t++)                                                                    \
-      x[t] = p->x + (size_t)(token + (t < tokens ? t : tokens - 1)) * p->k;                        \
-    vec sum[LANES];                                                                                \
-    for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);                                          \
-    int d = from;                                                                                  \
-    for (; d + LANES <= to; d += LANES) {                                                          \
-      vec queries[S];                                                                              \
-      for (int t = 0; t < S; t++) queries[t] = load(x[t] + d);                                     \
-      for (int j = 0; j < ROWS; j++) {                                                             \
-        vec weights = load(w[j] + d);                                                              \
-        if (next) __builtin_prefetch(next + (size_t)j * p->k + d, 0, 1);                           \
-        for (int t = 0; t < S; t++) sum[j * S + t] += weights * queries[t];                        \
-      }                                                                                            \
-    }                                                                                              \
-    float all[LANES] ALIGNED;                                                                      \
-    store(all, sum_each(sum));                                                                     \
-    for (int j = 0; j < rows; j++)                                                                 \
-      for (int t = 0; t < tokens; t++) {                                                           \
-        float *y = p->y + (size_t)(token + t) * p->n + row + j, more = all[j * S + t];             \
-        for (int i = d; i < to; i++) more += w[j][i] * x[t][i];                                    \
-        *y = from ? *y + more : more;                                                              \
-      }                                                                                            \
+/* A few tokens, at most FEW: y[t][row + j] for LANES / S rows by S tokens, a vector along the
+ * columns for each. Rows and tokens beyond those there are repeat the last. The rows behind these
+ * are fetched meanwhile. */
+INLINE void tile(const Product *p, int row, int rows, const int S) {
+  const int R = LANES / S;
+  const float *w[LANES], *x[FEW];
+  for (int j = 0; j < R; j++) w[j] = p->w + (size_t)(row + (j < rows ? j : rows - 1)) * p->k;
+  for (int t = 0; t < S; t++) x[t] = p->x + (size_t)(t < p->tokens ? t : p->tokens - 1) * p->k;
+  vec sum[LANES], queries[FEW];
+  for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);
+  int d = 0;
+  for (; d + LANES <= p->k; d += LANES) {
+    for (int t = 0; t < S; t++) queries[t] = load(x[t] + d);
+    for (int j = 0; j < R; j++) {
+      vec weights = load(w[j] + d);
+      fetch(p->w + (size_t)(row + R + j) * p->k + d);
+      for (int t = 0; t < S; t++) sum[j * S + t] += weights * queries[t];
+    }
   }
-TILE(1)
-TILE(2)
-TILE(4)
+  float all[LANES] ALIGNED;
+  store(all, sum_each(sum));
+  for (int j = 0; j < rows; j++)
+    for (int t = 0; t < S && t < p->tokens; t++) {
+      float more = all[j * S + t];
+      for (int i = d; i < p->k; i++) more += w[j][i] * x[t][i];
+      p->y[(size_t)t * p->n + row + j] = more;
+    }
+}
 
-/* Task `index`: some rows of w by some tokens. A tile's rows are fetched for the tile before. */
-static void multiply(void *data, size_t index) {
-  const Product *p = data;
-  int first = (int)(index / p->token_tasks) * p->task_rows;
-  int last = (int)smaller_of(p->n, first + p->task_rows);
-  int start = (int)(index % p->token_tasks) * p->task_tokens;
-  int stop = (int)smaller_of(p->tokens, start + p->task_tokens);
-  int some = stop - start == 1 ? 1 : stop - start == 2 ? 2 : 4; /* tokens of a tile */
-  int tile_rows = LANES / some, columns = some == 4 ? COLUMNS : p->k;
-  for (int from = 0; from < p->k; from += columns) {
-    int to = (int)smaller_of(p->k, from + columns);
-    for (int row = first; row < last; row += tile_rows) {
-      int rows = (int)smaller_of(tile_rows, last - row);
-      for (int token = start; token < stop; token += some) {
-        const float *next = token == start ? p->w + (size_t)(row + tile_rows) * p->k : NULL;
-        int tokens = (int)smaller_of(some, stop - token);
-        if (some == 1) tile_1(p, row, rows, token, tokens, from, to, next);
-        if (some == 2) tile_2(p, row, rows, token, tokens, from, to, next);
-        if (some == 4) tile_4(p, row, rows, token, tokens, from, to, next);
-      }
+#define MULTIPLY_FEW(S)                                                                            \
+  static void multiply_##S(void *data, size_t index) {                                             \
+    const Product *p = data;                                                                       \
+    int row = (int)index * p->task_rows, last = (int)smaller_of(p->n, row + p->task_rows);         \
+    for (; row < last; row += LANES / S) tile(p, row, (int)smaller_of(LANES / S, last - row), S);  \
+  }
+MULTIPLY_FEW(1)
+MULTIPLY_FEW(2)
+MULTIPLY_FEW(4)
+
+/* Many tokens are lanes: R rows of w by C panels, from panel number `c` on; columns [from, to). */
+INLINE void cross(const Product *p, int row, int c, int from, int to, const int R, const int C) {
+  const float *w = p->w + (size_t)row * p->k, *x = p->panels + (size_t)c * p->k * LANES;
+  size_t panel = (size_t)p->k * LANES;
+  vec sum[PANEL_ROWS][PANELS], y[PANELS];
+  for (int j = 0; j < R; j++)
+    for (int i = 0; i < C; i++) sum[j][i] = splat(0.0f);
+  for (int d = from; d < to; d++) {
+    if (d * R % LINE == 0) fetch(w + AHEAD + d * R);
+    for (int i = 0; i < C; i++) y[i] = load(x + i * panel + (size_t)d * LANES);
+    for (int j = 0; j < R; j++)
+      for (int i = 0; i < C; i++) sum[j][i] += w[(size_t)j * p->k + d] * y[i];
+  }
+  float all[PANEL_ROWS][LANES] ALIGNED;
+  for (int i = 0; i < C; i++, c++) {
+    for (int j = 0; j < R; j++) store(all[j], sum[j][i]);
+    for (int t = 0; t < LANES && c * LANES + t < p->tokens; t++) {
+      float *out = p->y + (size_t)(c * LANES + t) * p->n + row;
+      for (int j = 0; j < R; j++) out[j] = from ? out[j] + all[j][t] : all[j][t];
     }
   }
 }
+
+/* Half as many tokens as there are lanes have two lanes each, for columns in turn:
+ * `panels` is [k / 2][LANES / 2][2]. */
+typedef double pairs __attribute__((vector_size(LANES * 4), aligned(LANES * 4)));
+INLINE vec pair(const float *p) { /* p[0] and p[1] in turn */
+  double both;
+  memcpy(&both, p, sizeof both);
+  return (vec)(pairs){EACH_PAIR(both)};
+}
+
+INLINE void cross_pairs(const Product *p, int row, const int R) {
+  const float *w = p->w + (size_t)row * p->k, *x = p->panels;
+  vec sum[PAIR_ROWS][2];
+  for (int j = 0; j < R; j++) sum[j][0] = sum[j][1] = splat(0.0f);
+  int d = 0;
+  for (; d + 4 <= p->k; d += 4) {
+    if (d * R % LINE == 0) fetch(w + AHEAD + d * R);
+    for (int i = 0; i < 2; i++) {
+      vec y = load(x + (size_t)(d / 2 + i) * LANES);
+      for (int j = 0; j < R; j++) sum[j][i] += pair(w + (size_t)j * p->k + d + 2 * i) * y;
+    }
+  }
+  float all[LANES] ALIGNED;
+  for (int j = 0; j < R; j++) {
+    store(all, sum[j][0] + sum[j][1]);
+    for (int t = 0; t < p->tokens; t++) {
+      float more = all[2 * t] + all[2 * t + 1];
+      for (int i = d; i < p->k; i++) more += w[(size_t)j * p->k + i] * p->x[(size_t)t * p->k + i];
+      p->y[(size_t)t * p->n + row + j] = more;
+    }
+  }
+}
+
+static void multiply_pairs(void *data, size_t index) {
+  const Product *p = data;
+  int row = (int)index * p->task_rows, last = (int)smaller_of(p->n, row + p->task_rows);
+  for (; row + PAIR_ROWS <= last; row += PAIR_ROWS) cross_pairs(p, row, PAIR_ROWS);
+  for (; row < last; row++) cross_pairs(p, row, 1);
+}
+
+static void multiply_many(void *data, size_t index) {
+  const Product *p = data;
+  int first = (int)(index / p->token_tasks) * p->task_rows;
+  int last = (int)smaller_of(p->n, first + p->task_rows);
+  int start = (int)(index % p->token_tasks) * TASK_PANELS;
+  int stop = (int)smaller_of((p->tokens + LANES - 1) / LANES, start + TASK_PANELS);
+  for (int from = 0; from < p->k; from += COLUMNS) {
+    int row = first, to = (int)smaller_of(p->k, from + COLUMNS);
+    for (; row + PANEL_ROWS <= last; row += PANEL_ROWS) {
+      int c = start;
+      for (; c + PANELS <= stop; c += PANELS) cross(p, row, c, from, to, PANEL_ROWS, PANELS);
+      for (; c < stop; c++) cross(p, row, c, from, to, PANEL_ROWS, 1);
+    }
+    for (; row < last; row++)
+      for (int c = start; c < stop; c++) cross(p, row, c, from, to, 1, 1);
+  }
+}
+
+/* Panel `index`: the next tokens as lanes, `each` lanes for one; those beyond the last are zero. */
+INLINE void pack_columns(const float *x, float *to, int columns, const int each) {
+  for (int d = 0; d < columns; d++) to[d / each * LANES + d % each] = x[d];
+}
+INLINE void pack_tokens(const Product *p, size_t index, const int each) {
+  int first = (int)index * LANES, tokens = (int)smaller_of(LANES / each, p->tokens - first);
+  float *panel = p->panels + index * p->k * LANES;
+  if (tokens * each < LANES || p->k % LANES)
+    memset(panel, 0, (size_t)(p->k + each - 1) / each * LANES * sizeof(float));
+  for (int d = 0; d < p->k; d += LANES) /* of one token after the other, so that lines stay in L1 */
+    for (int t = 0; t < tokens; t++) {
+      const float *x = p->x + (size_t)(first + t) * p->k + d;
+      float *to = panel + (size_t)(d / each) * LANES + t * each;
+      if (d + LANES <= p->k)
+        pack_columns(x, to, LANES, each);
+      else
+        pack_columns(x, to, p->k - d, each);
+    }
+}
+static void pack_panel(void *data, size_t index) { pack_tokens(data, index, 1); }
 
 /* y [..., N] = x [..., K] w [N, K] transposed. */
 static OrtStatus *compute_linear(void *state, OrtContext *context) {
@@ -627,10 +712,29 @@ static OrtStatus *compute_linear(void *state, OrtContext *context) {
   TRY(output(api, context, 0, &x, (void **)&p.y));
   if (!p.tokens || !p.n) return NULL;
   p.task_rows = (int)smaller_of(128, larger_of(16, p.n / 32 / 16 * 16));
-  p.task_tokens = (int)smaller_of(p.tokens, TOKENS);
-  p.token_tasks = (p.tokens + p.task_tokens - 1) / p.task_tokens;
-  size_t tasks = (size_t)((p.n + p.task_rows - 1) / p.task_rows) * p.token_tasks;
-  return api->KernelContext_ParallelFor(context, multiply, tasks, 0, &p);
+  size_t tasks = (p.n + p.task_rows - 1) / p.task_rows;
+  if (p.tokens <= FEW) {
+    void (*few)(void *, size_t) = p.tokens == 1 ? multiply_1 : p.tokens == 2 ? multiply_2 : multiply_4;
+    return api->KernelContext_ParallelFor(context, few, tasks, 0, &p);
+  }
+  int panels = (p.tokens + LANES - 1) / LANES;
+  p.panels = aligned_alloc(64, ((size_t)panels * p.k * LANES * sizeof(float) + 63) / 64 * 64);
+  if (!p.panels) return api->CreateStatus(STATUS_FAIL, "ClaLinear: out of memory");
+  OrtStatus *status = NULL;
+  if (p.tokens <= LANES / 2) {
+    pack_tokens(&p, 0, 2);
+    status = api->KernelContext_ParallelFor(context, multiply_pairs, tasks, 0, &p);
+  } else {
+    p.token_tasks = (panels + TASK_PANELS - 1) / TASK_PANELS;
+    if (panels == 1)
+      pack_panel(&p, 0);
+    else
+      status = api->KernelContext_ParallelFor(context, pack_panel, panels, 0, &p);
+    if (!status)
+      status = api->KernelContext_ParallelFor(context, multiply_many, tasks * p.token_tasks, 0, &p);
+  }
+  free(p.panels);
+  return status;
 }
 
 /* ---- append --------------------------------------------------------------------------------- */

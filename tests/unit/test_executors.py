@@ -75,6 +75,8 @@ def test_pools_are_those_of_the_groups(make: Make) -> None:
         assert key.shape == value.shape == (4, group.kv_heads, 24, group.head_dim)
         assert not np.shares_memory(key, value)
     assert not np.shares_memory(executor.cache(0)[0], executor.cache(1)[0])
+    starts = [pool.ctypes.data for group in range(2) for pool in executor.cache(group)]
+    assert [start % 64 for start in starts] == [0] * 4, "whole cache lines"
     assert (executor.capacity, executor.slots, executor.vocab_size) == (24, 4, VOCAB)
 
 
