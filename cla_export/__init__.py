@@ -4,7 +4,7 @@ The functions here are the command line's commands, and load PyTorch, ONNX Runti
 when called:
 
     inspect(path)  export(source, dest)  parity(bundle)  build(bundle)  load(bundle)
-    plan(source, ...)  bench(bundle)  doctor()
+    plan(source, ...)  bench(bundle)  doctor()  rewrite_graph(source, dest)
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cla_export.generation import LoadedModel
     from cla_export.inspection import Inspection
     from cla_export.planning import Plan
+    from cla_export.stateless_graph import RewrittenGraph
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "parity",
     "plan",
+    "rewrite_graph",
 ]
 
 # Each forwards to the module that does the work, and documents the options there.
@@ -49,6 +51,13 @@ def export(source: Path | str, dest: Path | str, **options: Any) -> "Bundle":
     from cla_export import exporter
 
     return exporter.export(source, dest, **options)
+
+
+def rewrite_graph(source: Path | str, dest: Path | str, **options: Any) -> "RewrittenGraph":
+    """Give a stateless ONNX graph one cache a group. See `stateless_graph.rewrite_graph`."""
+    from cla_export import stateless_graph
+
+    return stateless_graph.rewrite_graph(source, dest, **options)
 
 
 def parity(

@@ -12,6 +12,7 @@ from cla_export.rewrite.group_attention import LAYER
 from cla_export.rewrite.report import PassReport
 from cla_export.rewrite.thread_caches import GROUP
 
+UNNAMED = ("val_", "_")  # what tracing calls constants; this pass numbers them
 _KEPT = (LAYER, GROUP, "cla.window")
 
 
@@ -72,7 +73,7 @@ def _name_constants(graph: ir.Graph) -> None:
         for value in node.inputs:
             if value is not None and value.is_initializer() and value not in order:
                 order.append(value)
-    unnamed = [value for value in order if str(value.name).startswith(("val_", "_"))]
+    unnamed = [value for value in order if str(value.name).startswith(UNNAMED)]
     for index, value in enumerate(unnamed):
         value.name = f"__constant_{index}"
     for index, value in enumerate(unnamed):
