@@ -64,8 +64,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     spec = family_of(config).read_spec(config)
     tensors = read_index(folder)
     renamed = spec.renamed or {}
-    if any(name not in tensors for name in renamed) and all(n in tensors for n in renamed.values()):
-        moved = {name: tensors[stored] for name, stored in renamed.items()}
+    if sum(n in tensors for n in renamed.values()) > sum(n in tensors for n in renamed):
+        moved = {name: tensors[n] for name, n in renamed.items() if n in tensors}
         rest = {name: entry for name, entry in tensors.items() if name not in renamed.values()}
         tensors = {**rest, **moved}
     _check_weights(folder, spec, tensors)

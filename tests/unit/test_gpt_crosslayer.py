@@ -231,7 +231,7 @@ def test_the_module(tmp_path: Path, variant: str, flat: bool) -> None:
     assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS)[:3])
+@pytest.mark.parametrize("variant", list(VARIANTS)[1:3])
 def test_parity(tmp_path: Path, variant: str) -> None:
     config = BASE | VARIANTS[variant]
     bundle = export(save(tmp_path / "m", config), tmp_path / "bundle")

@@ -48,8 +48,8 @@ GEMMA = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**PLAIN, "head_dim": 16, "tie_word_embeddings": True},
-    "qwen3": {**PLAIN, "head_dim": 16, "num_key_value_heads": 1},
-    "mistral": {**PLAIN, "head_dim": 16, "sliding_window": 6},
+    "qwen3": {**PLAIN, "head_dim": 16, "num_key_value_heads": 1, "use_sliding_window": True,
+              "sliding_window": 6, "max_window_layers": 0},
     "phi": {**PLAIN, "num_key_value_heads": 4},  # part of a head rotated, LayerNorm, biases
     "gpt_neox": {**PLAIN, "num_key_value_heads": 4},  # one product of q, k and v; other names
     "gpt2": {
@@ -100,7 +100,7 @@ def test_layers_share_as_the_config_says(bundle: Bundle, kind: str) -> None:
     owners = SHARED.get(kind, (0, 1))
     assert bundle.layout.kv_owner == owners
     assert len(bundle.manifest["groups"]) == 2
-    windows = {"mistral": (6, 6), **dict.fromkeys(SHARED, (6, None, 6, None))}
+    windows = {"qwen3": (6, 6), **dict.fromkeys(SHARED, (6, None, 6, None))}
     assert bundle.layout.window == windows.get(kind, (None, None))
 
 
@@ -139,7 +139,7 @@ def test_16_bits(tmp_path: Path) -> None:
 
 
 def test_norms_and_rotations_are_one_operator_each(bundle: Bundle, kind: str) -> None:
-    if kind in ("llama", "mistral", "qwen3"):
+    if kind in ("llama", "qwen3"):
         found = operators(bundle.graph)
         of_heads = 4 if kind == "qwen3" else 0  # norms of queries and keys
         norms = found["RMSNormalization"] + found["SimplifiedLayerNormalization"]
