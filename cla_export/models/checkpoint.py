@@ -90,8 +90,8 @@ def _check_weights(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorEn
     for name in tensors:
         if name in expected or name.endswith("rotary_emb.inv_freq"):
             continue
-        if name == "lm_head.weight":
-            _check_tied_copy(folder, tensors)
+        if name == "lm_head.weight" and spec.tie_embeddings:
+            _check_tied_copy(folder, spec, tensors)
             continue
         if spec.part and "language_model" not in name:
             continue  # another model's
@@ -117,9 +117,11 @@ def _hint(name: str, spec: ModelSpec) -> str:
     return "config.json describes another model than these weights (or lacks an option)"
 
 
-def _check_tied_copy(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
+def _check_tied_copy(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorEntry]) -> None:
+    table = spec.vocab_size, spec.hidden_size
+    embedding = next(name for name, shape in spec.weights().items() if shape == table)
     copies = []
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    for name in (embedding, "lm_head.weight"):
         entry = tensors[name]
         with entry.path.open("rb") as file:
             file.seek(entry.offset)
@@ -127,7 +129,7 @@ def _check_tied_copy(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
     if copies[0] != copies[1]:
         raise BadInput(
             f"{folder}: config.json says tie_word_embeddings true, but lm_head.weight differs from "
-            "model.embed_tokens.weight; set tie_word_embeddings to false"
+            f"{embedding}; set tie_word_embeddings to false"
         )
 
 

@@ -208,6 +208,17 @@ def test_the_language_model_of_one_that_sees(tmp_path: Path) -> None:
         open_checkpoint(whole)
 
 
+def test_a_tied_head_that_is_stored_twice(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "gpt2")
+    weights = load_file(folder / "model.safetensors")
+    head = weights["transformer.wte.weight"].clone()
+    save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors")
+    assert "lm_head.weight" not in open_checkpoint(folder).tensors
+    save_file({**weights, "lm_head.weight": head + 1}, folder / "model.safetensors")
+    with pytest.raises(BadInput, match=r"differs from transformer\.wte\.weight"):
+        open_checkpoint(folder)
+
+
 def test_no_code_of_a_checkpoint_runs(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "llama")
     config = json.loads((folder / "config.json").read_text())
