@@ -37,6 +37,7 @@ PACKAGES: Mapping[str, str] = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-gpu": "onnxruntime",
     "onnxruntime-genai": "onnxruntime_genai",
+    "transformers": "transformers",
     "tensorrt": "tensorrt",
     "tensorrt-rtx-cu13": "tensorrt_rtx",
 }
