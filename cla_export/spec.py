@@ -16,8 +16,8 @@ class ModelSpec:
 
     A family whose names are not a Llama's gives them as `stored`; the fields that only shape a
     Llama are then left out, and `config` is what its module is built from. `renamed` says what a
-    checkpoint may call a parameter in place of its own name; `part`, that it holds other models'
-    weights as well.
+    checkpoint may call a parameter in place of its own name; `part`, where it holds other models'
+    weights as well, how those of this one begin.
     """
 
     model_type: str
@@ -36,7 +36,7 @@ class ModelSpec:
     stored: Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False, repr=False)
     config: Mapping[str, object] | None = field(default=None, hash=False, repr=False)
     renamed: Mapping[str, str] | None = field(default=None, hash=False, repr=False)
-    part: bool = False
+    part: str = ""
 
     @property
     def num_layers(self) -> int:

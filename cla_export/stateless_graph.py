@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cla_export.errors import BadInput, CheckFailed, GraphError, MissingEnvironment
+from cla_export.errors import (
+    BadInput,
+    CheckFailed,
+    GraphError,
+    MissingEnvironment,
+    RunError,
+)
 from cla_export.layout import KVLayout
 from cla_export.lower import check_target
 
@@ -77,6 +83,7 @@ def rewrite_graph(
         BadInput: the source cannot be read, or the destination is in the way.
         GraphError: the graph cannot be understood; the message names the node.
         CheckFailed: both graphs ran, and differ. Nothing is written.
+        RunError: ONNX Runtime does not open or run one of them. Nothing is written.
     """
     import onnx_ir as ir
 
@@ -126,6 +133,12 @@ def _read(source: Path) -> "tuple[ir.Model, dict[str, ir.TensorProtocol]]":
         model = ir.load(source)
     except Exception as error:  # protobuf's and onnx_ir's own
         raise BadInput(f"{source}: not an ONNX file that can be read: {error}") from error
+    outputs = [value.name for value in model.graph.outputs]
+    if outputs != ["logits"]:
+        raise GraphError(
+            f"{source}: its outputs are {outputs}; expected one, logits [B, S, V] "
+            "(output_names=['logits'] where it is exported)"
+        )
     weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -174,13 +187,31 @@ def _compare(source: Path, made: Path) -> tuple[float, float]:
                 str(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's own exception types derive from it alone
-            raise BadInput(
+            raise RunError(
                 f"{path.name}: ONNX Runtime {onnxruntime.__version__} cannot open it, so it cannot "
                 f"be checked; pass --no-check to leave that out: {error}"
             ) from error
         sessions.append(session)
     before, after = sessions
-    vocab = before.get_outputs()[0].shape[-1]
+    (logits,) = (value for value in before.get_outputs() if value.name == "logits")
+    vocab = logits.shape[-1]
+    if logits.type not in _ALLOWED or not isinstance(vocab, int):
+        raise RunError(
+            f"{source.name}: logits are {logits.type} {logits.shape}, which is not checked (floats "
+            "of 32 or 16 bits over a constant vocabulary are); pass --no-check to leave that out"
+        )
+    try:
+        return _run_both(before, after, vocab, _ALLOWED[logits.type])
+    except CheckFailed:
+        raise
+    except Exception as error:  # ONNX Runtime's own exception types derive from it alone
+        raise RunError(
+            f"ONNX Runtime {onnxruntime.__version__} failed to run {_PROMPT + _STEPS} tokens "
+            f"through {source.name} and what was made of it: {error}"
+        ) from error
+
+
+def _run_both(before: Any, after: Any, vocab: int, share: float) -> tuple[float, float]:  # noqa: ANN401
     tokens = np.random.default_rng(0).integers(0, vocab, (1, _PROMPT + _STEPS))
     positions = np.arange(tokens.shape[1])[None]
     (expected,) = before.run(["logits"], {"input_ids": tokens, "position_ids": positions})
@@ -190,11 +221,10 @@ def _compare(source: Path, made: Path) -> tuple[float, float]:
     expected = expected.astype(np.float32)
     off = float(np.abs(np.concatenate(got, 1) - expected).max())
     largest = float(np.abs(expected).max())
-    allowed = _ALLOWED[before.get_outputs()[0].type]
-    if not off <= allowed * largest:
+    if not off <= share * largest:
         raise CheckFailed(
-            f"the rewritten graph differs from {source.name}: logits by up to {off:.1e}, allowed "
-            f"{allowed * largest:.1e} ({allowed:g} of the largest); nothing was written"
+            f"the rewritten graph differs from the stateless one: logits by up to {off:.1e}, "
+            f"allowed {share * largest:.1e} ({share:g} of the largest); nothing was written"
         )
     return off, largest
 

@@ -93,7 +93,7 @@ def _check_weights(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorEn
         if name == "lm_head.weight" and spec.tie_embeddings:
             _check_tied_copy(folder, spec, tensors)
             continue
-        if spec.part and "language_model" not in name:
+        if spec.part and not name.startswith(spec.part):
             continue  # another model's
         raise BadInput(f"{folder}: unexpected weight {name}; {_hint(name, spec)}")
 

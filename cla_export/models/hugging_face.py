@@ -7,6 +7,7 @@ would drift. No code of a checkpoint is executed; a config's `auto_map` is not r
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from cla_export.spec import ModelSpec
 
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 _PART = "model.language_model."  # of a checkpoint's names, in models that see or hear too
+_NEEDED = ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings")
 _BY_LENGTH = ("dynamic", "longrope")  # angles that depend on how long the row is
 
 
@@ -31,10 +33,21 @@ def read_spec(config: Mapping[str, object]) -> ModelSpec:
 
     Of a model that sees or hears too, its language model is read.
     """
-    own = _config_of(config)
+    own, part = _config_of(config), _PART if "text_config" in config else ""
+    for key in _NEEDED:
+        if not isinstance(getattr(own, key, None), int):
+            raise BadInput(
+                f"config.json: models of type {own.model_type!r} have no {key} (got "
+                f"{getattr(own, key, None)!r}); expected a decoder of tokens with a whole number"
+            )
     layout = layout_from_config(own.to_dict())
     with torch.device("meta"):
         model = _model_of(own)
+    if "position_ids" not in signature(model.forward).parameters:
+        raise BadInput(
+            f"config.json: models of type {own.model_type!r} take no position_ids, so a step would "
+            "not know where it stands"
+        )
     stored = {name: tuple(value.shape) for name, value in model.named_parameters()}
     constants = {name for name, _ in model.named_buffers()} - set(model.state_dict())
     stored |= {n: tuple(b.shape) for n, b in model.named_buffers() if n not in constants}
@@ -50,8 +63,8 @@ def read_spec(config: Mapping[str, object]) -> ModelSpec:
         tie_embeddings=bool(getattr(own, "tie_word_embeddings", False)),
         stored=stored,
         config=dict(config),
-        renamed=_renamed(model, _PART if "text_config" in config else ""),
-        part="text_config" in config,
+        renamed=_renamed(model, part),
+        part=part,
     )
 
 

@@ -31,6 +31,9 @@ def _fuse(graph: ir.Graph, mean: ir.Node, report: PassReport) -> None:
     x = _squared(mean.inputs[0])
     if x is None or ints(mean.inputs[1] if len(mean.inputs) > 1 else None) != [-1]:
         return  # the mean of something else
+    if not mean.attributes.get_int("keepdims", 1):
+        report.skip(mean, "its axis is dropped, so what it divides is another")
+        return
     add = _reader(mean, "Add")
     epsilon = _number(add, mean.outputs[0])
     inverse = _reader(_reader(add, "Sqrt"), "Reciprocal")
@@ -47,7 +50,8 @@ def _fuse(graph: ir.Graph, mean: ir.Node, report: PassReport) -> None:
         source, last = widened.inputs[0] or x, narrowed
     scaled = _reader(last, "Mul")
     weight = None if scaled is None else _other(scaled, last.outputs[0])
-    if scaled is None or weight is None or len(weight.shape or (0, 0)) != 1:
+    width = x.shape[-1:] if x.shape is not None else None
+    if scaled is None or weight is None or width is None or weight.shape != width:
         report.skip(mean, "what is normed is not multiplied by a weight [D]")
         return
     if source.dtype != scaled.outputs[0].dtype:

@@ -13,6 +13,7 @@ Cases, on x [B, H, S, D] with cos and sin unsqueezed at axis 1 from [B, S, D]:
 
 import onnx_ir as ir
 
+from cla_export.rewrite.builder import Builder
 from cla_export.rewrite.report import PassReport
 from cla_export.rewrite.simplify import drop_unused
 from cla_export.rewrite.values import ints, producer
@@ -24,7 +25,7 @@ def split_rotation(model: ir.Model) -> PassReport:
     columns: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
         if node.op_type == "Add":
-            _split(tape, node, columns, report)
+            _split(model.graph, tape, node, columns, report)
     if report.fired:
         model.graph.sort()
         drop_unused(model)
@@ -32,7 +33,11 @@ def split_rotation(model: ir.Model) -> PassReport:
 
 
 def _split(
-    tape: ir.tape.Tape, add: ir.Node, columns: dict[ir.Value, ir.Value], report: PassReport
+    graph: ir.Graph,
+    tape: ir.tape.Tape,
+    add: ir.Node,
+    columns: dict[ir.Value, ir.Value],
+    report: PassReport,
 ) -> None:
     for plain, turned in (add.inputs, reversed(add.inputs)):
         straight, crossed = producer(plain, "Mul"), producer(turned, "Mul")
@@ -47,7 +52,7 @@ def _split(
             if None in rows:
                 report.skip(add, "cos or sin is not the same half twice, unsqueezed at axis 1")
                 return
-            c, s = (_column(tape, table, columns) for table in rows if table is not None)
+            c, s = (_column(graph, tape, table, columns) for table in rows if table is not None)
             _replace(tape, add, x, c, s)
             report.fired += 1
             return
@@ -96,15 +101,16 @@ def _half_rows(value: ir.Value | None) -> ir.Value | None:
     return concat.inputs[0]
 
 
-def _column(tape: ir.tape.Tape, rows: ir.Value, columns: dict[ir.Value, ir.Value]) -> ir.Value:
+def _column(
+    graph: ir.Graph, tape: ir.tape.Tape, rows: ir.Value, columns: dict[ir.Value, ir.Value]
+) -> ir.Value:
     """Rows [B, S, D / 2] as [B, 1, S, D / 2]; made once."""
     if rows not in columns:
         cast = producer(rows, "Cast")  # case 2
         source = rows if cast is None or cast.inputs[0] is None else cast.inputs[0]
         made = rows.producer()
         scope = {} if made is None else dict(made.metadata_props)
-        axis = tape.op("Constant", [], {"value_ints": [1]})
-        axis.shape, axis.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
+        axis = Builder(graph).int64([1], "axis_1")
         column = tape.op("Unsqueeze", [source, axis], metadata_props=scope)
         shape = rows.shape
         if shape is not None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from typer.testing import CliRunner
 
 from cla_export import cli
-from cla_export.errors import BadInput, CheckFailed, GraphError
+from cla_export.errors import BadInput, CheckFailed, GraphError, RunError
 from cla_export.stateless_graph import rewrite_graph
 
 VOCAB, WIDTH, HEADS, DIM = 53, 24, 3, 8
@@ -24,9 +24,9 @@ class Sandwich(nn.Module):
     Layers 0 and 3 read one pair of keys and values, layers 1 and 2 another, of one head.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, places: int) -> None:
         super().__init__()
-        self.words, self.places = nn.Embedding(VOCAB, WIDTH), nn.Embedding(32, WIDTH)
+        self.words, self.places = nn.Embedding(VOCAB, WIDTH), nn.Embedding(places, WIDTH)
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(4))
         self.asks = nn.ModuleList(nn.Linear(WIDTH, HEADS * DIM) for _ in range(4))
         self.outs = nn.ModuleList(nn.Linear(HEADS * DIM, WIDTH) for _ in range(4))
@@ -46,18 +46,22 @@ class Sandwich(nn.Module):
         return self.head(x)
 
 
-@pytest.fixture(scope="module")
-def stateless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trace(path: Path, places: int = 32) -> Path:
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("foreign") / "sandwich.onnx"
     ids = torch.zeros(2, 5, dtype=torch.int64)
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     torch.onnx.export(
-        Sandwich().eval(), (ids, torch.arange(5).repeat(2, 1)), path, dynamo=True, opset_version=23,
+        Sandwich(places).eval(), (ids, torch.arange(5).repeat(2, 1)), path,
+        dynamo=True, opset_version=23,
         input_names=["input_ids", "position_ids"], output_names=["logits"],
         dynamic_shapes=(axes, axes), external_data=True,
     )  # fmt: skip
     return path
+
+
+@pytest.fixture(scope="module")
+def stateless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trace(tmp_path_factory.mktemp("foreign") / "sandwich.onnx")
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "portable", "tensorrt"])
@@ -115,6 +119,20 @@ def test_other_names_of_inputs_are_named(stateless: Path, tmp_path: Path) -> Non
     ir.save(model, tmp_path / "odd.onnx")
     with pytest.raises(GraphError, match="no input 'position_ids'"):
         rewrite_graph(tmp_path / "odd.onnx", tmp_path / "out.onnx")
+    model = ir.load(stateless)
+    model.graph.outputs[0].name = "scores"
+    ir.save(model, tmp_path / "odd.onnx")
+    with pytest.raises(GraphError, match=r"its outputs are \['scores'\]"):
+        rewrite_graph(tmp_path / "odd.onnx", tmp_path / "out.onnx")
+
+
+def test_a_check_that_cannot_run_is_an_error(tmp_path: Path) -> None:
+    """Fewer places than the check has tokens: ONNX Runtime fails, and says so through us."""
+    path = trace(tmp_path / "short.onnx", places=8)
+    with pytest.raises(RunError, match="failed to run 16 tokens"):
+        rewrite_graph(path, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+    rewrite_graph(path, tmp_path / "out.onnx", check=False)
 
 
 def test_a_rewritten_graph_that_differs_is_not_written(
