@@ -63,7 +63,7 @@ def run(command, place, expected=0, **options):
 
 
 def test_github_workflow(place, tmp_path):
-    (text,) = blocks("yaml github")
+    ((_, text),) = blocks("yaml github")
     workflow = yaml.safe_load(text)
     assert set(workflow) == {"name", True, "jobs"}  # YAML 1.1 reads `on` as true
     (job,) = workflow["jobs"].values()
@@ -77,7 +77,7 @@ def test_github_workflow(place, tmp_path):
 
 
 def test_shell(place):
-    (text,) = blocks("sh ci")
+    ((_, text),) = blocks("sh ci")
     repository, _ = place
     (repository / "ci.sh").write_text(text)
     run(["sh", "ci.sh"], place)
@@ -92,7 +92,7 @@ def test_shell(place):
 
 
 def test_pre_commit_hook(place):
-    (text,) = blocks("yaml pre-commit")
+    ((_, text),) = blocks("yaml pre-commit")
     repository, _ = place
     (repository / ".pre-commit-config.yaml").write_text(text)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
