@@ -1,0 +1,5 @@
+"""`python -m cla_export.cli`."""
+
+from cla_export.cli import main
+
+main()
