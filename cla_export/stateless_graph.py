@@ -1,6 +1,6 @@
 """rewrite: a stateless ONNX graph that somebody else traced becomes a stateful one.
 
-    input_ids [B, S], position_ids [B, S]  ->  logits [B, S, V]        at opset 23 or later
+    input_ids [B, S], position_ids [B, S]  ->  logits [B, S, V]
 
 No config and no checkpoint: which layers share is what the graph says. Weights stay where they are
 until the result is written. Both graphs are then run side by side.
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from cla_export.rewrite.report import PassReport
 
-_SMALL = 16  # numbers: what is larger is a weight, which no pass looks into
 _INLINE = 1024  # bytes; larger weights go to the file beside the graph
 _PROMPT, _STEPS = 10, 6  # tokens of the check
 _ALLOWED = {"tensor(float)": 1e-4, "tensor(float16)": 2e-2}  # of the largest logit
@@ -89,12 +88,13 @@ def rewrite_graph(
 
     from cla_export.lower import lower
     from cla_export.rewrite import rewrite
+    from cla_export.stateless_reading import read_stateless
 
     source, dest = Path(source), Path(dest)
     check_target(target)
     if dest.exists() and not force:
         raise BadInput(f"{dest}: exists already; pass --force to replace it")
-    model, weights = _read(source)
+    model, weights = read_stateless(source)
     done = rewrite(model)
     lowered = lower(target, done.model, done.layout)
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -119,46 +119,6 @@ def rewrite_graph(
     return RewrittenGraph(
         dest, target, done.layout, lowered.attention, done.reports, error, largest
     )
-
-
-def _read(source: Path) -> "tuple[ir.Model, dict[str, ir.TensorProtocol]]":
-    """A graph, and its weights apart from it, so that no pass copies or folds one."""
-    import onnx_ir as ir
-
-    from cla_export.rewrite.name_nodes import UNNAMED
-
-    if not source.is_file():
-        raise BadInput(f"{source}: {'is a folder' if source.is_dir() else 'does not exist'}")
-    try:
-        model = ir.load(source)
-    except Exception as error:  # protobuf's and onnx_ir's own
-        raise BadInput(f"{source}: not an ONNX file that can be read: {error}") from error
-    outputs = [value.name for value in model.graph.outputs]
-    if outputs != ["logits"]:
-        raise GraphError(
-            f"{source}: its outputs are {outputs}; expected one, logits [B, S, V] "
-            "(output_names=['logits'] where it is exported)"
-        )
-    weights = {}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            _check_place(source, name, str(tensor.location))
-        named = not name.startswith(UNNAMED)
-        large = tensor is not None and tensor.size > _SMALL and tensor.dtype.is_floating_point()
-        if tensor is not None and named and large:
-            weights[name] = tensor
-            value.const_value = None
-    return model, weights
-
-
-def _check_place(source: Path, name: str, location: str) -> None:
-    folder = source.parent.resolve()
-    if not (folder / location).resolve().is_relative_to(folder):
-        raise BadInput(
-            f"{source}: weight {name} is kept in {location!r}, outside of the graph's own folder; "
-            "such files are not opened: save the graph again with its weights beside it"
-        )
 
 
 def _attach(model: "ir.Model", weights: "dict[str, ir.TensorProtocol]", source: Path) -> None:

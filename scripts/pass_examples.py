@@ -11,6 +11,7 @@ from cla_export.errors import GraphError
 from cla_export.graph_text import from_text, to_text
 from cla_export.layout import KVLayout
 from cla_export.rewrite.classify_masks import classify_masks
+from cla_export.rewrite.fuse_attention import fuse_attention
 from cla_export.rewrite.fuse_rms_norm import fuse_rms_norm
 from cla_export.rewrite.fuse_rotary import fuse_rotary
 from cla_export.rewrite.group_attention import group_attention
@@ -34,6 +35,7 @@ def _thread(model: ir.Model) -> PassReport:
 
 PASSES: Mapping[str, Callable[[ir.Model], PassReport | tuple[KVLayout, PassReport]]] = {
     "simplify": simplify,
+    "fuse_attention": fuse_attention,
     "strip_repeat_kv": strip_repeat_kv,
     "fuse_rms_norm": fuse_rms_norm,
     "split_rotation": split_rotation,

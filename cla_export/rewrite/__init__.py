@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from cla_export.layout import KVLayout
 from cla_export.rewrite.classify_masks import classify_masks
+from cla_export.rewrite.fuse_attention import fuse_attention
 from cla_export.rewrite.fuse_rms_norm import fuse_rms_norm
 from cla_export.rewrite.fuse_rotary import fuse_rotary
 from cla_export.rewrite.group_attention import group_attention
@@ -40,8 +41,10 @@ def rewrite(stateless: ir.Model, expected: KVLayout | None = None) -> Rewritten:
     Raises GraphError where the graph cannot be understood or contradicts `expected`.
     """
     model = stateless.clone()
-    reports = [
-        simplify(model),
+    reports = [simplify(model), fuse_attention(model)]
+    if reports[-1].fired:
+        reports.append(simplify(model))  # what it left around q, k and v
+    reports += [
         strip_repeat_kv(model),
         fuse_rms_norm(model),
         split_rotation(model),

@@ -12,8 +12,9 @@ Cases:
 The meaning is recorded on the node (`cla.window` in its metadata) and the mask input is dropped.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -37,6 +38,7 @@ class _Mask:
 
     evaluator: ReferenceEvaluator
     inputs: tuple[str, ...]
+    causal: bool  # beside what the mask says
 
     def allowed(self, length: int) -> NDArray[np.bool_]:
         """Which keys each query sees: bool [..., S, S]."""
@@ -45,18 +47,36 @@ class _Mask:
         feeds = {name: ids if name == "input_ids" else positions for name in self.inputs}
         outputs = cast("list[NDArray[np.float32]]", self.evaluator.run(None, feeds))
         mask = outputs[0]
+        visible: NDArray[np.bool_]
         if mask.dtype == np.bool_:
-            return mask.astype(np.bool_)
-        if not np.all((mask == 0) | (mask <= _BLOCKED)):
+            visible = mask.astype(np.bool_)
+        elif not np.all((mask == 0) | (mask <= _BLOCKED)):
             raise ValueError("it adds values other than 0 and minus infinity (a position bias?)")
-        visible: NDArray[np.bool_] = mask == 0
-        return visible
+        else:
+            visible = mask == 0
+        return visible & np.tri(length, dtype=np.bool_) if self.causal else visible
+
+
+@dataclass(frozen=True, slots=True)
+class _Masks:
+    """A mask's subgraph with some of its integer constants replaced."""
+
+    model: ir.Model
+    node: ir.Node
+    mask: ir.Value
+    causal: bool
+
+    def __call__(self, substitutes: dict[int, int]) -> _Mask:
+        evaluator, inputs = _extract(self.model, self.node, self.mask, substitutes)
+        return _Mask(evaluator, inputs, self.causal)
 
 
 def classify_masks(model: ir.Model) -> PassReport:
     report = PassReport("classify_masks")
     known: dict[tuple[ir.Value | None, bool], int | None] = {}
     for node in attention_nodes(model.graph):
+        if WINDOW in node.metadata_props:
+            continue  # `fuse_attention` knows
         if any(node.inputs[4:]):
             raise GraphError(
                 f"{describe(node)}: it has a cache already (past or nonpad inputs); expected a "
@@ -95,23 +115,36 @@ def _meaning(model: ir.Model, node: ir.Node, mask: ir.Value | None, *, causal: b
             "mask computed from lengths and positions alone: rows are padded on the right, and "
             "their lengths are inputs of the exported graph"
         )
-    candidates = sorted(_integers(above))
+    runnable = _Masks(model, node, mask, causal)
+    return meaning_of(runnable, sorted(integers_of(above)), describe(node))
+
+
+def meaning_of(
+    runnable: Callable[[dict[int, int]], "Visible"],
+    candidates: list[int],
+    where: str,
+    largest: int = _LARGEST,
+) -> int | None:
+    """None if what is seen at several lengths is plain causal, the window if it is one.
+
+    `runnable` makes what is looked at, given what to put in place of some integer constants: of
+    those above `largest`, since so many tokens would take long.
+    """
     meanings: dict[int | None, list[int]] = {}
     for window in [None, *candidates]:
-        stand_in = _STAND_IN if window is not None and window > _LARGEST else window
-        runnable = _extract(model, node, mask, {window: stand_in} if window != stand_in else {})
+        stand_in = _STAND_IN if window is not None and window > largest else window
+        changed = {} if window is None or stand_in in (None, window) else {window: stand_in}
+        run = runnable(changed)
         for length in (*_LENGTHS, *([stand_in + 3] if stand_in else [])):
             try:
-                allowed = runnable.allowed(length)
+                allowed = run.allowed(length)
             except ValueError as error:
-                raise GraphError(f"{describe(node)}: its mask cannot be used: {error}") from error
-            if causal:
-                allowed = allowed & np.tri(length, dtype=np.bool_)
+                raise GraphError(f"{where}: its mask cannot be used: {error}") from error
             seen = _window_shown(allowed, length)
             if seen == -1:
                 raise GraphError(
-                    f"{describe(node)}: its mask at length {length} is neither causal nor a "
-                    f"sliding window; the last rows see\n{_picture(allowed)}"
+                    f"{where}: its mask at length {length} is neither causal nor a sliding "
+                    f"window; the last rows see\n{_picture(allowed)}"
                 )
             if seen is not None:
                 if window is not None and stand_in is not None and abs(seen - stand_in) <= 1:
@@ -119,8 +152,15 @@ def _meaning(model: ir.Model, node: ir.Node, mask: ir.Value | None, *, causal: b
                 meanings.setdefault(seen, []).append(length)
     if len(meanings) > 1:
         found = ", ".join(f"{window} at lengths {at}" for window, at in meanings.items())
-        raise GraphError(f"{describe(node)}: its mask means different windows by length: {found}")
+        raise GraphError(f"{where}: its mask means different windows by length: {found}")
     return next(iter(meanings), None)
+
+
+class Visible(Protocol):
+    """What tells which keys are seen."""
+
+    def allowed(self, length: int) -> NDArray[np.bool_]:
+        """Which keys each query sees: bool [..., S, S]."""
 
 
 def _window_shown(allowed: NDArray[np.bool_], length: int) -> int | None:
@@ -138,8 +178,8 @@ def _window_shown(allowed: NDArray[np.bool_], length: int) -> int | None:
 
 
 def _extract(
-    model: ir.Model, node: ir.Node, mask: ir.Value, substitutes: dict[int | None, int | None]
-) -> _Mask:
+    model: ir.Model, node: ir.Node, mask: ir.Value, substitutes: dict[int, int]
+) -> tuple[ReferenceEvaluator, tuple[str, ...]]:
     upstream = [value.name for value in model.graph.inputs if value.name]
     graph = ir.convenience.extract(model.graph, upstream, [str(mask.name)])
     for initializer in graph.initializers.values():
@@ -157,7 +197,7 @@ def _extract(
     used = tuple(str(value.name) for value in graph.inputs if value.uses())
     for value in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(value)
-    return _Mask(ReferenceEvaluator(ir.to_proto(small)), used)
+    return ReferenceEvaluator(ir.to_proto(small)), used
 
 
 def _above(mask: ir.Value) -> set[ir.Value]:
@@ -175,7 +215,7 @@ def _above(mask: ir.Value) -> set[ir.Value]:
     return visited
 
 
-def _integers(values: set[ir.Value]) -> set[int]:
+def integers_of(values: set[ir.Value]) -> set[int]:
     """Integer constants among the values a mask is computed from: its possible windows."""
     found: set[int] = set()
     for value in values:

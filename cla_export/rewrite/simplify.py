@@ -81,7 +81,7 @@ def _static_reshape(graph: ir.Graph, node: ir.Node, report: PassReport) -> None:
     for axis, dim in enumerate(after):
         if isinstance(dim, int):
             dims.append(dim)
-        elif axis < len(before) and before[axis] == dim and all(d == 0 for d in dims):
+        elif axis < len(before) and _same(before[axis], dim) and all(d == 0 for d in dims):
             dims.append(0)
         else:
             dims.append(-1)
@@ -94,6 +94,11 @@ def _static_reshape(graph: ir.Graph, node: ir.Node, report: PassReport) -> None:
     node.replace_input_with(1, shape)
     node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
     report.fired += 1
+
+
+def _same(one: int | ir.SymbolicDim, other: ir.SymbolicDim) -> bool:
+    """Whether two axes are one symbol; two that are not known may be anything."""
+    return one == other and other.value is not None
 
 
 def _gather_rows(graph: ir.Graph, node: ir.Node, report: PassReport) -> None:  # case 2

@@ -36,8 +36,8 @@ def attention_nodes(graph: ir.Graph) -> list[ir.Node]:
     if not nodes:
         seen = sorted({node.op_type for node in graph})
         raise GraphError(
-            "the graph has no Attention node; trace it at opset 23 from a module that calls "
-            f"scaled_dot_product_attention (operators seen: {', '.join(seen)})"
+            "the graph has no attention: no Attention node, and no softmax between two products of "
+            f"computed values (operators seen: {', '.join(seen)})"
         )
     return nodes
 
