@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 
 from cla_export.errors import BadInput, GraphError
 from cla_export.rewrite.name_nodes import UNNAMED
+from cla_export.rewrite.thread_caches import check_inputs
 
 Weights = dict[str, ir.TensorProtocol]
 
@@ -41,6 +42,7 @@ def read_stateless(source: Path) -> tuple[ir.Model, Weights]:
             f"{source}: its outputs are {outputs}; expected one, logits [B, S, V] "
             "(output_names=['logits'] where it is exported)"
         )
+    check_inputs(model.graph)
     weights: Weights = {}
     large: Weights = {}
     for name, value in model.graph.initializers.items():
@@ -55,11 +57,20 @@ def read_stateless(source: Path) -> tuple[ir.Model, Weights]:
         elif tensor.nbytes > _INLINE:
             large[name] = tensor
         elif isinstance(tensor, ir.ExternalTensor):
-            value.const_value = ir.tensor(tensor.numpy().copy(), tensor.dtype, name=name)
+            value.const_value = _loaded(source, tensor)
     model = _prepared(source, model, {*weights, *large})
     for name, tensor in large.items():
         model.graph.initializers[name].const_value = tensor
     return model, weights
+
+
+def _loaded(source: Path, tensor: ir.ExternalTensor) -> ir.Tensor:
+    try:
+        return ir.tensor(tensor.numpy().copy(), tensor.dtype, name=tensor.name)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{source}: {tensor.name} is kept in {tensor.location!r}, which cannot be read: {error}"
+        ) from error
 
 
 def _prepared(source: Path, model: ir.Model, apart: set[str]) -> ir.Model:

@@ -35,13 +35,7 @@ INT64 = ir.TensorType(ir.DataType.INT64)
 def thread_caches(model: ir.Model, layout: KVLayout) -> PassReport:
     report = PassReport("thread_caches")
     graph = model.graph
-    inputs = {value.name: value for value in graph.inputs}
-    for name in ("input_ids", "position_ids"):
-        if name not in inputs:
-            raise GraphError(
-                f"the graph has no input {name!r} (it has {', '.join(map(str, inputs))}); expected "
-                "input_ids [B, S] and position_ids [B, S]"
-            )
+    inputs = check_inputs(graph)
     model.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
     input_ids, position_ids = inputs["input_ids"], inputs["position_ids"]
@@ -80,6 +74,18 @@ def thread_caches(model: ir.Model, layout: KVLayout) -> PassReport:
             report.fired += 1
     graph.sort()
     return report
+
+
+def check_inputs(graph: ir.Graph) -> dict[str | None, ir.Value]:
+    """A stateless graph's inputs by name; GraphError if it lacks one."""
+    inputs = {value.name: value for value in graph.inputs}
+    for name in ("input_ids", "position_ids"):
+        if name not in inputs:
+            raise GraphError(
+                f"the graph has no input {name!r} (it has {', '.join(map(str, inputs))}); expected "
+                "input_ids [B, S] and position_ids [B, S]"
+            )
+    return inputs
 
 
 def frontier_of(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
