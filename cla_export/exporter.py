@@ -57,6 +57,7 @@ def export(
     dtype: str = "fp32",
     quantize: str | None = None,
     attention: str | None = None,
+    module: str | None = None,
     force: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
@@ -73,6 +74,8 @@ def export(
             `onnxruntime` only.
         attention: of the TensorRT targets: `native`, `plugin`, or `auto` (None), which takes the
             plugin where TensorRT has no kernel of its own.
+        module: `package.module:factory` that makes the model's PyTorch module, where no family
+            does; see `models.module`. It is imported.
         force: replace an existing bundle.
         progress: called with (what, done, of) as work goes on.
 
@@ -85,7 +88,6 @@ def export(
     from cla_export import weights
     from cla_export.lower import lower
     from cla_export.lower.quantize_weights import quantize_weights
-    from cla_export.models import family_of
     from cla_export.rewrite import rewrite
     from cla_export.trace import trace
 
@@ -102,12 +104,12 @@ def export(
     source, dest = Path(source), Path(dest)
     steps = 5
     progress("read the model folder", 0, steps)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, module)
     spec = checkpoint.spec
     torch_dtype: torch.dtype = getattr(torch, DTYPES[dtype])
     needed = spec.parameters() * torch_dtype.itemsize
     with new_folder(dest, force=force, needed_bytes=needed) as folder:
-        family = family_of(checkpoint.config)
+        family = checkpoint.family
         progress("trace", 1, steps)
         stateless = trace(family, spec, torch_dtype)
         progress("rewrite", 2, steps)
@@ -250,7 +252,9 @@ def _manifest(
         "source": {
             "folder": str(checkpoint.folder.absolute()),
             "sha256": {path.name: sha256(path) for path in hashed},
+            **({"module": checkpoint.module} if checkpoint.module else {}),
         },
+        "notes": list(checkpoint.notes),
         "tools": {name: found for name in _TOOLS if (found := _version(name))},
     }
 

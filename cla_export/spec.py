@@ -17,7 +17,10 @@ class ModelSpec:
     A family whose names are not a Llama's gives them as `stored`; the fields that only shape a
     Llama are then left out, and `config` is what its module is built from. `renamed` says what a
     checkpoint may call a parameter in place of its own name; `part`, where it holds other models'
-    weights as well, how those of this one begin.
+    weights as well, how those of this one begin; `tied`, further names of a parameter.
+
+    Of a module of the user's own, `hidden_size` is the width of its embedding (0: not known), and
+    `epsilons` are what its norms add, in place of `norm_eps`.
     """
 
     model_type: str
@@ -37,6 +40,8 @@ class ModelSpec:
     config: Mapping[str, object] | None = field(default=None, hash=False, repr=False)
     renamed: Mapping[str, str] | None = field(default=None, hash=False, repr=False)
     part: str = ""
+    tied: Mapping[str, str] | None = field(default=None, hash=False, repr=False)
+    epsilons: tuple[float, ...] = ()
 
     @property
     def num_layers(self) -> int:

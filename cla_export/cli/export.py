@@ -7,8 +7,18 @@ import typer
 
 import cla_export
 from cla_export.cli.app import app
-from cla_export.cli.options import AsJson, AttentionChoice, DType, Force, Quantize, Source, Target
-from cla_export.cli.terminal import console_for, progress_bar, show
+from cla_export.cli.options import (
+    AsJson,
+    AttentionChoice,
+    DType,
+    Force,
+    Module,
+    Quantize,
+    Source,
+    Target,
+    importable,
+)
+from cla_export.cli.terminal import console_for, escape, progress_bar, show
 
 
 @app.command(epilog="Example: cla-export export my-model my-bundle --target onnxruntime")
@@ -26,6 +36,7 @@ def export(
         AttentionChoice | None,
         typer.Option(help="TensorRT targets: its own kernels, or the fused plugin."),
     ] = None,
+    module: Module = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -38,6 +49,7 @@ def export(
             dtype=dtype.value,
             quantize=None if quantize is None else quantize.value,
             attention=None if attention is None else attention.value,
+            module=importable(module),
             force=force,
             progress=progress,
         )
@@ -55,5 +67,5 @@ def export(
         "without sharing",
         highlight=False,
     )
-    for reason in bundle.attention_choices():
-        console.print(f"  {reason}", highlight=False)
+    for line in (*bundle.attention_choices(), *bundle.notes):
+        console.print(f"  {escape(line)}", highlight=False)
