@@ -119,7 +119,7 @@ def export(
         companions = _companions(target, dtype, canonical.model, spec.layout, quantization)
         if quantization is not None:
             for made in (lowered, *companions.values()):
-                quantize_weights(made.model, quantization)
+                quantize_weights(made.model, quantization, spec.tied)
         progress("write", 4, steps)
         weights.attach(lowered.model, checkpoint, family.constants(spec), quantization)
         _write_graph(lowered.model, folder, progress)

@@ -49,7 +49,7 @@ def check_weights(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorEnt
         raise BadInput(_message(folder, problems, notes))
     kinds = Counter(tensors[name].dtype for name in expected)
     if len(kinds) > 1:
-        counts = ", ".join(f"{kind} ({count} tensors)" for kind, count in kinds.most_common())
+        counts = " and ".join(f"{kind} ({count} tensors)" for kind, count in kinds.most_common())
         notes.append(f"weights are stored as {counts}; each is converted from its own")
     return notes
 

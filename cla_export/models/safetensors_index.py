@@ -94,10 +94,11 @@ def _shards_of(index_file: Path) -> list[str]:
     if gone:
         lost = sorted(name for name, shard in weight_map.items() if shard in gone)
         more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        verb, them = ("is", "it") if len(gone) == 1 else ("are", "them")
         raise BadInput(
-            f"{index_file}: names {', '.join(gone)}, which is not in the folder; "
-            f"{len(lost)} of {len(weight_map)} tensors are lost with it: "
-            f"{', '.join(lost[:_SHOWN])}{more}. Download it again"
+            f"{index_file}: names {', '.join(gone)}, which {verb} not in the folder; {len(lost)} "
+            f"of {len(weight_map)} tensors are lost with {them}: {', '.join(lost[:_SHOWN])}{more}. "
+            f"Download {them} again"
         )
     return shards
 
