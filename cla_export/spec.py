@@ -33,7 +33,7 @@ class ModelSpec:
     intermediate_size: int = 0
     rope_theta: float = 0.0
     tie_embeddings: bool = True
-    separate_kv_norm: bool = False
+    separate_kv_norm: bool | tuple[int, ...] = False  # of all owners, or of those
     qk_norm: bool = False
     attention_bias: bool = False
     stored: Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False, repr=False)
@@ -46,6 +46,13 @@ class ModelSpec:
     @property
     def num_layers(self) -> int:
         return self.layout.num_layers
+
+    def has_kv_norm(self, layer: int) -> bool:
+        """Whether the layer's K and V are projected behind a norm of their own."""
+        which = self.separate_kv_norm
+        return self.layout.is_owner(layer) and (
+            which if isinstance(which, bool) else layer in which
+        )
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each parameter of a checkpoint; Linear weights are [out, in].
@@ -76,7 +83,7 @@ class ModelSpec:
                 if owner:
                     shapes[f"{layer}self_attn.k_norm.weight"] = (dim,)
             shapes[f"{layer}input_layernorm.weight"] = (hidden,)
-            if self.separate_kv_norm and owner:
+            if self.has_kv_norm(i):
                 shapes[f"{layer}kv_layernorm.weight"] = (hidden,)
             shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
             shapes[f"{layer}mlp.gate_proj.weight"] = (ffn, hidden)

@@ -13,59 +13,26 @@ import onnx_ir as ir
 import own_decoder
 import pytest
 import torch
-from models_zoo import Zoo
+from models_zoo import OWN, OWN_MODULE, OWN_STATED, Zoo, save_own
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cla_export import cli, inspect, load
 from cla_export.bundle import Bundle, open_bundle
 from cla_export.compare.gate import compare_bundle
+from cla_export.compare.reading import read_bundle
 from cla_export.errors import BadInput, BundleError, ClaExportError, GraphError
 from cla_export.exporter import export
 from cla_export.layout import KVLayout
 from cla_export.models.checkpoint import load_model, open_checkpoint
 
-MODULE = "own_decoder:make"
-CONFIG = {
-    "vocab_size": 61,
-    "width": 32,
-    "max_position_embeddings": 64,
-    "own_window": 6,
-    "eos_token_id": 2,
-}
-STATED = {
-    **CONFIG,
-    "num_hidden_layers": 4,
-    "kv_owner": [0, 1, 1, 0],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "sliding_window": 6,
-    "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full")],
-}
 LAYOUT = KVLayout.create([0, 1, 1, 0], 1, 16, [None, 6, 6, None])
 WEIGHTS = "model.safetensors"
 
 
-def save(folder: Path, config: dict) -> Path:
-    """A model folder with random weights; the tied head is stored once."""
-    folder.mkdir()
-    module = own_decoder.make(config)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, tensor in module.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        wide = tensor.ndim > 1
-        tensors[name] = noise * tensor.shape[-1] ** -0.5 if wide else 1 + 0.1 * noise
-    del tensors["head.weight"]
-    save_file(tensors, folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return save(tmp_path / "model", STATED)
+    return save_own(tmp_path / "model", OWN_STATED)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +45,7 @@ def quick(zoo: Zoo) -> Iterator[None]:
 def bundle(quick: None, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Of a config that states no layout."""
     folder = tmp_path_factory.mktemp("own")
-    return export(save(folder / "model", CONFIG), folder / "bundle", module=MODULE)
+    return export(save_own(folder / "model", OWN), folder / "bundle", module=OWN_MODULE)
 
 
 def message(error: pytest.ExceptionInfo[ClaExportError]) -> str:
@@ -90,7 +57,7 @@ def message(error: pytest.ExceptionInfo[ClaExportError]) -> str:
 
 def test_sharing_is_discovered_and_remembered(bundle: Bundle) -> None:
     assert bundle.layout == LAYOUT
-    assert bundle.module == open_bundle(bundle.folder).module == MODULE
+    assert bundle.module == open_bundle(bundle.folder).module == OWN_MODULE
     genai = json.loads((bundle.folder / "genai_config.json").read_text())["model"]
     assert genai["vocab_size"] == 61 and genai["context_length"] == 64
     decoder = genai["decoder"]
@@ -101,13 +68,13 @@ def test_sharing_is_discovered_and_remembered(bundle: Bundle) -> None:
 
 
 def test_parity(bundle: Bundle) -> None:
-    report = compare_bundle(bundle, module=MODULE)
+    report = compare_bundle(bundle, module=OWN_MODULE)
     failed = [(r.case, r.output, r.max_error, r.tolerance) for r in report.tensors if not r.passed]
     assert report.passed, (report.faults, failed, report.divergence)
 
 
 def test_both_backends_generate_what_the_module_does(bundle: Bundle) -> None:
-    module = own_decoder.make(CONFIG).eval()
+    module = own_decoder.make(OWN).eval()
     weights = load_file(bundle.source / WEIGHTS)
     module.load_state_dict({**weights, "head.weight": weights["words.weight"]})
     tokens = [5, 9, 30]
@@ -115,7 +82,7 @@ def test_both_backends_generate_what_the_module_does(bundle: Bundle) -> None:
         for _ in range(12):
             place = torch.arange(len(tokens))[None]
             tokens.append(int(module(torch.tensor([tokens]), place)[0, -1].argmax()))
-    for options in ({}, {"backend": "torch", "module": MODULE}):
+    for options in ({}, {"backend": "torch", "module": OWN_MODULE}):
         model = load(bundle, **options)
         made = list(model.generate_ids([5, 9, 30], 12))
         assert made == tokens[3 : 3 + len(made)]
@@ -132,8 +99,14 @@ def test_both_backends_generate_what_the_module_does(bundle: Bundle) -> None:
     ],
     ids=lambda options: "-".join(options.values()),
 )
-def test_every_target(quick: None, folder: Path, tmp_path: Path, options: dict[str, str]) -> None:
-    made = export(folder, tmp_path / "bundle", module=MODULE, **options)
+def test_every_target(quick: None, tmp_path: Path, options: dict[str, str]) -> None:
+    """With tables too large for the graph's own file, as all are somewhere below 2 GB."""
+    folder = save_own(tmp_path / "model", {**OWN_STATED, "max_position_embeddings": 20_000})
+    made = export(folder, tmp_path / "bundle", module=OWN_MODULE, **options)
+    graphs = list(made.folder.glob("*.onnx"))
+    assert len(graphs) == (3 if "target" not in options else 1)
+    assert all(graph.stat().st_size < 50_000 for graph in graphs)
+    assert (made.folder / "model.onnx.data").stat().st_size > 2 * 20_000 * 8 * 4
     assert made.layout == LAYOUT, "stated, and found in the graph"
     assert inspect(made.folder).ok
     caches = [i.name for i in ir.load(made.graph).graph.inputs if "past" in str(i.name)]
@@ -142,17 +115,17 @@ def test_every_target(quick: None, folder: Path, tmp_path: Path, options: dict[s
 
 def test_a_quantised_head_that_is_tied(quick: None, folder: Path, tmp_path: Path) -> None:
     """The embedding stays as it is, so its packed form has the head's name."""
-    made = export(folder, tmp_path / "bundle", module=MODULE, quantize="int4")
+    made = export(folder, tmp_path / "bundle", module=OWN_MODULE, quantize="int4")
     held = ir.load(made.graph).graph.initializers
     assert {"words.weight", "head.weight.packed"} <= set(held)
-    report = compare_bundle(made, module=MODULE)
-    assert report.passed, (report.faults, report.divergence)
+    reading = read_bundle(made, load_model(open_checkpoint(folder, OWN_MODULE)))
+    assert reading.faults == []
+    linears = {f"{n}.{i}.weight" for n in ("asks", "outs") for i in range(4)}
+    assert set(reading.quantized) == {*linears, "tells.0.weight", "tells.1.weight", "head.weight"}
 
 
 def test_a_norm_with_another_epsilon_is_noticed(bundle: Bundle, tmp_path: Path) -> None:
-    from cla_export.compare.reading import read_bundle
-
-    model = load_model(open_checkpoint(bundle.source, MODULE, LAYOUT))
+    model = load_model(open_checkpoint(bundle.source, OWN_MODULE, LAYOUT))
     assert read_bundle(bundle, model).faults == []
     copy = shutil.copytree(bundle.folder, tmp_path / "copy")
     graph = ir.load(copy / "model.onnx")
@@ -166,12 +139,12 @@ def test_a_norm_with_another_epsilon_is_noticed(bundle: Bundle, tmp_path: Path) 
 def test_inspect(bundle: Bundle, folder: Path) -> None:
     found = inspect(bundle.folder)
     assert found.ok and found.layout == LAYOUT
-    assert f"pass --module {MODULE}" in found.notes[0]
-    known = inspect(bundle.folder, module=MODULE)
+    assert f"pass --module {OWN_MODULE}" in found.notes[0]
+    known = inspect(bundle.folder, module=OWN_MODULE)
     assert known.ok and known.own.parameters == sum(
         tensor.numel() for tensor in load_file(bundle.source / WEIGHTS).values()
     )
-    assert inspect(folder, module=MODULE).layout == LAYOUT
+    assert inspect(folder, module=OWN_MODULE).layout == LAYOUT
 
 
 def test_the_commands(
@@ -203,30 +176,30 @@ def test_parity_says_what_to_pass(bundle: Bundle) -> None:
     with pytest.raises(BundleError) as caught:
         compare_bundle(bundle)
     assert message(caught) == (
-        f"{bundle.folder}: exported with --module {MODULE}, code that is imported only where you "
-        f"name it: pass --module {MODULE} here too"
+        f"{bundle.folder}: exported with --module {OWN_MODULE}, code that is imported only where "
+        f"you name it: pass --module {OWN_MODULE} here too"
     )
-    with pytest.raises(BundleError, match=f"pass --module {MODULE} here too"):
+    with pytest.raises(BundleError, match=f"pass --module {OWN_MODULE} here too"):
         load(bundle, backend="torch")
 
 
 def test_a_bundle_that_no_module_made(zoo: Zoo) -> None:
     plain = zoo.bundle(kv_owner=(0, 0))
     with pytest.raises(BundleError) as caught:
-        compare_bundle(plain, module=MODULE)
+        compare_bundle(plain, module=OWN_MODULE)
     assert message(caught) == (
-        f"{plain.folder}: exported without --module, so {MODULE} did not make its model; leave it "
-        "out"
+        f"{plain.folder}: exported without --module, so {OWN_MODULE} did not make its model; leave "
+        "it out"
     )
 
 
 def test_nothing_of_the_model_folder_is_imported(folder: Path, tmp_path: Path) -> None:
-    config = {**STATED, "model_type": "own", "auto_map": {"AutoModel": "modeling_own.Own"}}
+    config = {**OWN_STATED, "model_type": "own", "auto_map": {"AutoModel": "modeling_own.Own"}}
     (folder / "config.json").write_text(json.dumps(config))
     trap = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
     for name in ("modeling_own.py", "own_decoder.py", "torch.py", "__init__.py", "setup.py"):
         (folder / name).write_text(trap)
-    checkpoint = open_checkpoint(folder, MODULE)
+    checkpoint = open_checkpoint(folder, OWN_MODULE)
     load_model(checkpoint)
     assert checkpoint.spec.model_type == "own"
     assert not (tmp_path / "ran").exists()
@@ -294,7 +267,7 @@ def test_a_module_that_cannot_be_imported(
 def test_a_key_that_it_needs(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"vocab_size": 61}))
     with pytest.raises(BadInput, match="key 'max_position_embeddings' is missing"):
-        open_checkpoint(folder, MODULE)
+        open_checkpoint(folder, OWN_MODULE)
 
 
 def test_names_that_are_not_the_checkpoints(folder: Path) -> None:
@@ -302,7 +275,7 @@ def test_names_that_are_not_the_checkpoints(folder: Path) -> None:
     renamed = {re.sub(r"^asks\.(\d)", r"q.\1", name): w for name, w in weights.items()}
     save_file({**renamed, "rotary_emb.inv_freq": torch.ones(8)}, folder / WEIGHTS)
     with pytest.raises(BadInput) as caught:
-        open_checkpoint(folder, MODULE)
+        open_checkpoint(folder, OWN_MODULE)
     parts = [f"{i}.{part}" for i in range(4) for part in ("weight", "bias")]
     lines = message(caught).splitlines()
     assert lines[0] == f"{folder}: 16 of its tensors are not what config.json describes"
@@ -318,15 +291,15 @@ def test_names_that_are_not_the_checkpoints(folder: Path) -> None:
 def test_a_tied_head_under_either_name_or_both(folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     words = weights.pop("words.weight")
-    expected = load_model(open_checkpoint(folder, MODULE, LAYOUT)).words.weight
+    expected = load_model(open_checkpoint(folder, OWN_MODULE, LAYOUT)).words.weight
     for stored in ({"head.weight": words}, {"head.weight": words, "words.weight": words.clone()}):
         save_file({**weights, **stored}, folder / WEIGHTS)
-        model = load_model(open_checkpoint(folder, MODULE, LAYOUT))
+        model = load_model(open_checkpoint(folder, OWN_MODULE, LAYOUT))
         assert model.head.weight is model.words.weight
         assert torch.equal(model.words.weight, expected)
     save_file({**weights, "head.weight": words, "words.weight": words + 1}, folder / WEIGHTS)
     with pytest.raises(BadInput) as caught:
-        open_checkpoint(folder, MODULE, LAYOUT)
+        open_checkpoint(folder, OWN_MODULE, LAYOUT)
     assert message(caught) == (
         f"{folder}: tied weight head.weight differs from words.weight; remove head.weight, or make "
         "the model untie it"
@@ -335,14 +308,14 @@ def test_a_tied_head_under_either_name_or_both(folder: Path) -> None:
 
 
 def test_a_layout_that_the_graph_contradicts(quick: None, folder: Path, tmp_path: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({**STATED, "kv_owner": [0, 1, 1, 1]}))
+    (folder / "config.json").write_text(json.dumps({**OWN_STATED, "kv_owner": [0, 1, 1, 1]}))
     with pytest.raises(BadInput, match="layer 3: kv_owner is 1, but their window differ"):
-        export(folder, tmp_path / "bundle", module=MODULE)
-    (folder / "config.json").write_text(json.dumps({**STATED, "kv_owner": [0, 1, 2, 0]}))
+        export(folder, tmp_path / "bundle", module=OWN_MODULE)
+    (folder / "config.json").write_text(json.dumps({**OWN_STATED, "kv_owner": [0, 1, 2, 0]}))
     with pytest.raises(
         GraphError, match=r"layer 2, .*: the graph says owner 1, the config promises 2"
     ):
-        export(folder, tmp_path / "bundle", module=MODULE)
+        export(folder, tmp_path / "bundle", module=OWN_MODULE)
     assert not (tmp_path / "bundle").exists()
 
 
@@ -351,17 +324,17 @@ def test_a_module_that_is_not_as_it_was(folder: Path) -> None:
     other = KVLayout.create([0, 1, 1, 3], 1, 16, [None, 6, 6, None])
     wrong = KVLayout.create([0, 0, 0, 0], 1, 16)
     ids = torch.arange(7)[None]
-    model = load_model(open_checkpoint(folder, MODULE, wrong))
+    model = load_model(open_checkpoint(folder, OWN_MODULE, wrong))
     with pytest.raises(
         GraphError, match="layer 1: it attends to keys that are not those of layer 0"
     ):
         model.forward_with_kv(ids, ids)
-    model = load_model(open_checkpoint(folder, MODULE, KVLayout.create([0, 0, 0], 1, 16)))
+    model = load_model(open_checkpoint(folder, OWN_MODULE, KVLayout.create([0, 0, 0], 1, 16)))
     with pytest.raises(GraphError, match="attention 4 times; its KV layout has 3 layers"):
         model.forward_with_kv(ids, ids)
-    model = load_model(open_checkpoint(folder, MODULE, other))
+    model = load_model(open_checkpoint(folder, OWN_MODULE, other))
     logits = model.forward_with_kv(ids, ids)[0]
-    right = load_model(open_checkpoint(folder, MODULE))
+    right = load_model(open_checkpoint(folder, OWN_MODULE))
     assert np.array_equal(logits.detach(), right(ids, ids).detach()), "sharing less is no error"
 
 
