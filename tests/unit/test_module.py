@@ -19,8 +19,10 @@ from typer.testing import CliRunner
 
 from cla_export import cli, inspect, load
 from cla_export.bundle import Bundle, open_bundle
+from cla_export.compare import reference
 from cla_export.compare.gate import compare_bundle
 from cla_export.compare.reading import read_bundle
+from cla_export.compare.reference import Reference
 from cla_export.errors import BadInput, BundleError, ClaExportError, GraphError
 from cla_export.exporter import export
 from cla_export.layout import KVLayout
@@ -87,6 +89,34 @@ def test_both_backends_generate_what_the_module_does(bundle: Bundle) -> None:
         made = list(model.generate_ids([5, 9, 30], 12))
         assert made == tokens[3 : 3 + len(made)]
         assert len(made) == 12 or tokens[3 + len(made)] == 2
+
+
+def test_onnxruntime_genai_opens_it(bundle: Bundle) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    model = og.Model(str(bundle.folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=15)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens([5, 9, 30])
+    while not generator.is_done():
+        generator.generate_next_token()
+    expected = list(load(bundle).generate_ids([5, 9, 30], 12))
+    assert generator.get_sequence(0).tolist()[3:] == expected
+
+
+def test_a_large_module_is_widened_as_it_runs(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its norms are a list of parameters, which no module of their own reads."""
+    model = load_model(open_checkpoint(bundle.source, OWN_MODULE, LAYOUT))
+    tokens = np.arange(3, 20)
+    whole = Reference.of(model, None, None).exact.forward(tokens)
+    monkeypatch.setattr(reference, "_SMALL", 0)
+    logits, groups = Reference.of(model, None, None).exact.forward(tokens)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert np.abs(logits - whole[0]).max() < 1e-12
+    for pair, other in zip(groups, whole[1], strict=True):
+        assert all(np.abs(a - b).max() < 1e-12 for a, b in zip(pair, other, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -160,8 +190,14 @@ def test_the_commands(
         assert done.exit_code == 0, (done.output, done.exception)
         return done.output
 
+    weights = load_file(folder / WEIGHTS)
+    mixed = {n: w if n.startswith("norms") else w.bfloat16() for n, w in weights.items()}
+    save_file({**mixed, "rotary_emb.inv_freq": torch.ones(8)}, folder / WEIGHTS)
     named = ("--module", "code_of_mine:make")
-    assert "4 layers in 2 groups" in run("export", folder, "out", *named)
+    told = run("export", folder, "out", *named)
+    assert "4 layers in 2 groups" in told
+    assert "ignored, since no weights of this model: rotary_emb.inv_freq" in told
+    assert "stored as BF16 (18 tensors) and F32 (4 tensors)" in told
     assert sys.path[-1] == str(tmp_path)
     assert "PASSED" in run("parity", "out", *named)
     few = ("--batch", 1, "--context", 8, "--steps", 1, "--phase", "decode")
