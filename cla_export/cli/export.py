@@ -16,6 +16,7 @@ from cla_export.cli.options import (
     Quantize,
     Source,
     Target,
+    WeightsChoice,
     importable,
 )
 from cla_export.cli.terminal import console_for, escape, progress_bar, show
@@ -37,6 +38,12 @@ def export(
         typer.Option(help="TensorRT targets: its own kernels, or the fused plugin."),
     ] = None,
     module: Module = None,
+    weights: Annotated[
+        WeightsChoice,
+        typer.Option(
+            help="Link the model folder's files, or copy them; auto: link 1 GiB and more."
+        ),
+    ] = WeightsChoice.auto,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -50,6 +57,7 @@ def export(
             quantize=None if quantize is None else quantize.value,
             attention=None if attention is None else attention.value,
             module=importable(module),
+            weights=weights.value,
             force=force,
             progress=progress,
         )
@@ -67,5 +75,11 @@ def export(
         "without sharing",
         highlight=False,
     )
+    if linked := bundle.linked:
+        console.print(
+            f"  weights are the model folder's own: {', '.join(linked)}, taken in without a copy; "
+            "what reads them by the onnx package wants --weights copy",
+            highlight=False,
+        )
     for line in (*bundle.attention_choices(), *bundle.notes):
         console.print(f"  {escape(line)}", highlight=False)
