@@ -39,11 +39,11 @@ __all__ = [
 # ruff: noqa: ANN401
 
 
-def inspect(path: Path | str) -> "Inspection":
+def inspect(path: Path | str, **options: Any) -> "Inspection":
     """Describe a config, a model folder, an .onnx file or a bundle. See `inspection.inspect`."""
     from cla_export import inspection
 
-    return inspection.inspect(path)
+    return inspection.inspect(path, **options)
 
 
 def export(source: Path | str, dest: Path | str, **options: Any) -> "Bundle":

@@ -99,6 +99,34 @@ class Bundle:
         return Path(cast("dict[str, str]", self.manifest["source"])["folder"])
 
     @property
+    def module(self) -> str | None:
+        """`package.module:factory` of a model that the user's own code makes."""
+        return cast("dict[str, str]", self.manifest["source"]).get("module")
+
+    def module_named(self, named: str | None) -> str | None:
+        """What makes its PyTorch module: what the user names, and nothing that a file does.
+
+        Raises:
+            BundleError: there has to be one, and none is named; or the other way round.
+        """
+        if self.module is not None and named is None:
+            raise BundleError(
+                f"{self.folder}: exported with --module {self.module}, code that is imported only "
+                f"where you name it: pass --module {self.module} here too"
+            )
+        if self.module is None and named is not None:
+            raise BundleError(
+                f"{self.folder}: exported without --module, so {named} did not make its model; "
+                "leave it out"
+            )
+        return named
+
+    @property
+    def notes(self) -> list[str]:
+        """What was worth saying of the model folder."""
+        return cast("list[str]", self.manifest.get("notes", []))
+
+    @property
     def linked(self) -> list[str]:
         """Files of weights that are the model folder's own, taken in without a copy."""
         return cast("list[str]", self.manifest.get("linked", []))

@@ -58,6 +58,7 @@ def export(
     dtype: str = "fp32",
     quantize: str | None = None,
     attention: str | None = None,
+    module: str | None = None,
     weights: str = "auto",
     force: bool = False,
     progress: Progress = _silent,
@@ -75,6 +76,8 @@ def export(
             `onnxruntime` only.
         attention: of the TensorRT targets: `native`, `plugin`, or `auto` (None), which takes the
             plugin where TensorRT has no kernel of its own.
+        module: `package.module:factory` that makes the model's PyTorch module, where no family
+            does; see `models.module`. It is imported.
         weights: `link`: take the checkpoint's files in without copying a byte, where they have
             this dtype; `copy`: write weights anew; `auto`: link 1 GiB and more, where the file
             system can. See `linked_weights`.
@@ -90,7 +93,6 @@ def export(
     from cla_export.linked_weights import linkable, take_in
     from cla_export.lower import lower
     from cla_export.lower.quantize_weights import quantize_weights
-    from cla_export.models import family_of
     from cla_export.rewrite import rewrite
     from cla_export.trace import trace
     from cla_export.weights import attach
@@ -103,7 +105,7 @@ def export(
     source, dest = Path(source), Path(dest)
     steps = 5
     progress("read the model folder", 0, steps)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, module)
     spec = checkpoint.spec
     torch_dtype: torch.dtype = getattr(torch, DTYPES[dtype])
     files = linkable(checkpoint, DTYPES[dtype], "copy" if quantization else weights)
@@ -115,7 +117,7 @@ def export(
         taken_in = take_in(files, folder, required=weights == "link")
         if len(taken_in) < len(files):
             require_space(folder.parent, all_bytes)
-        family = family_of(checkpoint.config)
+        family = checkpoint.family
         progress("trace", 1, steps)
         stateless = trace(family, spec, torch_dtype)
         progress("rewrite", 2, steps)
@@ -125,7 +127,7 @@ def export(
         companions = _companions(target, dtype, canonical.model, spec.layout, quantization)
         if quantization is not None:
             for made in (lowered, *companions.values()):
-                quantize_weights(made.model, quantization)
+                quantize_weights(made.model, quantization, spec.tied)
         progress("write", 4, steps)
         constants = family.constants(spec)
         attach(lowered.model, checkpoint, constants, quantization, taken_in, folder)
@@ -287,8 +289,10 @@ def _manifest(
         "limits": {"max_positions": spec.max_positions, "vocab_size": spec.vocab_size},
         "source": {
             "folder": str(checkpoint.folder.absolute()),
+            **({"module": checkpoint.module} if checkpoint.module else {}),
             "sha256": {path.name: digest for path, digest in digests.items()},
         },
+        "notes": list(checkpoint.notes),
         "tools": {name: found for name in _TOOLS if (found := _version(name))},
     }
 

@@ -37,7 +37,7 @@ def genai_config(
             "decoder": {
                 "filename": GRAPH,
                 "head_size": first.head_dim,
-                "hidden_size": spec.hidden_size,
+                **({"hidden_size": spec.hidden_size} if spec.hidden_size else {}),
                 "num_attention_heads": spec.q_heads,
                 "num_key_value_heads": first.kv_heads,
                 "num_hidden_layers": spec.layout.num_groups,

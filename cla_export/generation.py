@@ -110,6 +110,7 @@ def load(
     capacity: int | None = None,
     slots: int = 1,
     threads: int | None = None,
+    module: str | None = None,
 ) -> LoadedModel:
     """Open a bundle for running. Options and errors as for `engines.opening.open_executor`.
 
@@ -120,11 +121,18 @@ def load(
         capacity: tokens a slot can hold; None for all of the model's positions.
         slots: rows that can run side by side.
         threads: intra-operator threads (onnxruntime only).
+        module: `package.module:factory`, where the bundle was exported with one (torch only).
     """
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
     executor = open_executor(
-        bundle, backend, engine=engine, capacity=capacity, slots=slots, threads=threads
+        bundle,
+        backend,
+        engine=engine,
+        capacity=capacity,
+        slots=slots,
+        threads=threads,
+        module=module,
     )
     return LoadedModel(bundle, executor, load_tokenizer(bundle.folder), _end_tokens(bundle.folder))
 

@@ -18,6 +18,7 @@ from cla_export.bundle import BUILD_RECORD, MANIFEST, engine_folders, is_bundle,
 from cla_export.errors import BadInput, BundleError, LayoutError, MissingEnvironment
 from cla_export.graph_reading import GraphFacts, read_graph
 from cla_export.layout import DTYPE_BITS, KVLayout, layout_from_config
+from cla_export.layout_config import states_sharing
 from cla_export.models import FAMILIES, family_of
 from cla_export.models.checkpoint import open_checkpoint, read_config
 from cla_export.spec import ModelSpec
@@ -101,21 +102,24 @@ class Inspection:
         }
 
 
-def inspect(path: Path | str, *, context: int | None = None) -> Inspection:
+def inspect(
+    path: Path | str, *, context: int | None = None, module: str | None = None
+) -> Inspection:
     """Inspect a config, a model folder, an .onnx file or a bundle.
 
     `context` is the tokens attended to in the FLOPs figure; by default the model's positions, at
-    most 2048. Raises BadInput, LayoutError or GraphError where the model cannot be understood.
+    most 2048. `module` is `package.module:factory` of a model that the user's own code makes; it is
+    imported. Raises BadInput, LayoutError or GraphError where the model cannot be understood.
     """
     path = Path(path)
     if path.suffix in (".onnx", ".onnxtxt") and path.is_file():
         return _inspect_graph(path)
     if path.name == "config.json" and path.is_file():
-        return _inspect_folder(path.parent, context, weights=False)
+        return _inspect_folder(path.parent, context, module, weights=False)
     if path.is_dir() and is_bundle(path):
-        return _inspect_bundle(path, context)
+        return _inspect_bundle(path, context, module)
     if path.is_dir():
-        return _inspect_folder(path, context, weights=any(path.glob("*.safetensors*")))
+        return _inspect_folder(path, context, module, weights=any(path.glob("*.safetensors*")))
     kind = "is a file of another kind" if path.exists() else "does not exist"
     raise BadInput(
         f"{path}: {kind}; expected a model folder, a config.json, an .onnx file or a bundle"
@@ -136,12 +140,16 @@ def read_model_spec(config: Mapping[str, object]) -> ModelSpec:
 # Folders and bundles
 
 
-def _inspect_folder(folder: Path, context: int | None, *, weights: bool) -> Inspection:
+def _inspect_folder(
+    folder: Path, context: int | None, module: str | None, *, weights: bool
+) -> Inspection:
     config = read_config(folder)
-    spec, notes = _spec_if_known(config)
+    spec, notes = _spec_if_known(config, module)
     dtype, source = _config_dtype(config, folder)
     if weights and spec is not None:
-        dtype, source = open_checkpoint(folder).dtype, "stored weights"
+        checkpoint = open_checkpoint(folder, module, spec.layout if module else None)
+        dtype, source = checkpoint.dtype, "stored weights"
+        notes += checkpoint.notes
     elif weights:
         notes.append("the weights were not compared with the config, for the same reason")
     return _compare(
@@ -156,7 +164,7 @@ def _inspect_folder(folder: Path, context: int | None, *, weights: bool) -> Insp
     )
 
 
-def _inspect_bundle(folder: Path, context: int | None) -> Inspection:
+def _inspect_bundle(folder: Path, context: int | None, module: str | None) -> Inspection:
     bundle = open_bundle(folder, verify=False)  # hashing gigabytes is not for a look
     layout, dtype = bundle.layout, str(bundle.manifest.get("dtype"))
     if dtype not in DTYPE_BITS:
@@ -165,11 +173,19 @@ def _inspect_bundle(folder: Path, context: int | None) -> Inspection:
             "export the model again"
         )
     config = read_config(folder)
-    spec, notes = _spec_if_known(config)
-    promised = layout_from_config(config) if spec is None else spec.layout
+    promised: KVLayout | None
+    if bundle.module is None:
+        spec, notes = _spec_if_known(config)
+        promised = layout_from_config(config) if spec is None else spec.layout
+    elif module is None:
+        spec, notes = None, [f"parameters and FLOPs: pass --module {bundle.module}, which made it"]
+        promised = layout_from_config(config) if states_sharing(config) else None
+    else:
+        spec, notes = _spec_if_known(config, bundle.module_named(module))
+        promised = spec.layout if spec else None
     facts, found, _, graph_notes = read_graph(bundle.graph)
     wanted = 2 * layout.num_groups
-    checks = (
+    checks = [
         Check(
             "one key and one value cache per group in the graph",
             facts.cache_inputs == wanted,
@@ -180,12 +196,16 @@ def _inspect_bundle(folder: Path, context: int | None) -> Inspection:
             found == layout,
             _difference("the graph", found, "bundle.json", layout),
         ),
-        Check(
-            "config.json shares as bundle.json says",
-            promised == layout,
-            _difference("config.json", promised, "bundle.json", layout),
-        ),
-    )
+    ]
+    if promised is not None:
+        who = "config.json" if module is None else "the module"
+        checks.append(
+            Check(
+                f"{who} shares as bundle.json says",
+                promised == layout,
+                _difference(who, promised, "bundle.json", layout),
+            )
+        )
     found_all = _compare(
         kind="bundle",
         path=folder,
@@ -197,7 +217,7 @@ def _inspect_bundle(folder: Path, context: int | None) -> Inspection:
         notes=[*notes, *graph_notes],
         target=str(bundle.manifest.get("target")),
         graph=facts,
-        checks=checks,
+        checks=tuple(checks),
     )
     built = tuple(_describe_engine(path) for path in engine_folders(bundle))
     return replace(found_all, attention=tuple(bundle.attention_choices()), engines=built)
@@ -293,7 +313,13 @@ def _costs(layout: KVLayout, dtype: str, spec: ModelSpec | None, context: int | 
     )
 
 
-def _spec_if_known(config: Mapping[str, object]) -> tuple[ModelSpec | None, list[str]]:
+def _spec_if_known(
+    config: Mapping[str, object], module: str | None = None
+) -> tuple[ModelSpec | None, list[str]]:
+    if module is not None:
+        from cla_export.models.module import ModuleFamily
+
+        return ModuleFamily.named(module).read_spec(config), []
     if config.get("model_type") in FAMILIES:
         return read_model_spec(config), []
     try:

@@ -50,6 +50,15 @@ def read_config(config: Config) -> ConfigKV:
     return ConfigKV(source, owners, *_cache_shape(config, n), _windows(config, n))
 
 
+def states_sharing(config: Config) -> bool:
+    """Whether a config says which layers share, be it in a way that is not read."""
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        config = {**config, **text}
+    spelled = (key for key in SPELLINGS if key != "layer_types" or _is_lckv(config))
+    return any(config.get(key) not in (None, False, 0, -1, [], {}) for key in (*spelled, *UNREAD))
+
+
 def _owners(config: Config, n: int) -> tuple[str, Owners]:
     claims = [
         (key, importer(config, n))

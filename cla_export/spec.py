@@ -17,7 +17,10 @@ class ModelSpec:
     A family whose names are not a Llama's gives them as `stored`; the fields that only shape a
     Llama are then left out, and `config` is what its module is built from. `renamed` says what a
     checkpoint may call a parameter in place of its own name; `part`, where it holds other models'
-    weights as well, how those of this one begin.
+    weights as well, how those of this one begin; `tied`, further names of a parameter.
+
+    Of a module of the user's own, `hidden_size` is the width of its embedding (0: not known), and
+    `epsilons` are what its norms add, in place of `norm_eps`.
     """
 
     model_type: str
@@ -30,17 +33,26 @@ class ModelSpec:
     intermediate_size: int = 0
     rope_theta: float = 0.0
     tie_embeddings: bool = True
-    separate_kv_norm: bool = False
+    separate_kv_norm: bool | tuple[int, ...] = False  # of all owners, or of those
     qk_norm: bool = False
     attention_bias: bool = False
     stored: Mapping[str, tuple[int, ...]] | None = field(default=None, hash=False, repr=False)
     config: Mapping[str, object] | None = field(default=None, hash=False, repr=False)
     renamed: Mapping[str, str] | None = field(default=None, hash=False, repr=False)
     part: str = ""
+    tied: Mapping[str, str] | None = field(default=None, hash=False, repr=False)
+    epsilons: tuple[float, ...] = ()
 
     @property
     def num_layers(self) -> int:
         return self.layout.num_layers
+
+    def has_kv_norm(self, layer: int) -> bool:
+        """Whether the layer's K and V are projected behind a norm of their own."""
+        which = self.separate_kv_norm
+        return self.layout.is_owner(layer) and (
+            which if isinstance(which, bool) else layer in which
+        )
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each parameter of a checkpoint; Linear weights are [out, in].
@@ -71,7 +83,7 @@ class ModelSpec:
                 if owner:
                     shapes[f"{layer}self_attn.k_norm.weight"] = (dim,)
             shapes[f"{layer}input_layernorm.weight"] = (hidden,)
-            if self.separate_kv_norm and owner:
+            if self.has_kv_norm(i):
                 shapes[f"{layer}kv_layernorm.weight"] = (hidden,)
             shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
             shapes[f"{layer}mlp.gate_proj.weight"] = (ffn, hidden)

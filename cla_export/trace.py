@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cla_export.errors import GraphError
 from cla_export.models import Family
 from cla_export.spec import ModelSpec
 
@@ -43,15 +44,25 @@ def trace_module(module: nn.Module) -> ir.Model:
 
     The initialisers of the returned graph have no values: those of a fake module are not to be
     had, and constant folding must not wait for those of a real one.
+
+    Raises:
+        GraphError: torch.export cannot trace it.
     """
     batch, length = 2, 5  # any sizes other than 1, which would be taken for constants
     input_ids = torch.zeros(batch, length, dtype=torch.int64)
     position_ids = torch.arange(length).repeat(batch, 1)
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with torch.no_grad(), _quiet():
-        exported = torch.export.export(
-            module, (input_ids, position_ids), dynamic_shapes=(dynamic, dynamic)
-        )
+        try:
+            exported = torch.export.export(
+                module, (input_ids, position_ids), dynamic_shapes=(dynamic, dynamic)
+            )
+        except Exception as error:  # of many types, none of them public
+            reason = str(error).strip().partition("\n\n")[0]
+            raise GraphError(
+                f"torch.export cannot trace the model's forward for any batch and length; what it "
+                f"does may depend on shapes, and not on values ({type(error).__name__}: {reason})"
+            ) from error
         program = torch.onnx.export(
             exported,
             dynamo=True,

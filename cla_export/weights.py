@@ -60,7 +60,9 @@ def attach(
         else:
             raise GraphError(
                 f"initialiser {name} is neither a weight of {checkpoint.folder} nor a constant of "
-                "its family; the traced module and the checkpoint are not the same model"
+                "its family; the traced module and the checkpoint are not the same model, or the "
+                "module keeps a tensor as a plain attribute: register_buffer(name, tensor, "
+                "persistent=False) makes it a constant"
             )
 
 

@@ -12,7 +12,9 @@ from unittest.mock import patch
 
 import numpy as np
 import onnx_ir as ir
+import own_decoder
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cla_export import layout
@@ -29,6 +31,7 @@ from cla_export.models.checkpoint import (
     save_checkpoint,
 )
 from cla_export.models.cla import ClaDecoder
+from cla_export.models.decoder import Decoder
 from cla_export.rewrite import Rewritten, rewrite
 from cla_export.spec import ModelSpec
 from cla_export.trace import trace
@@ -69,6 +72,26 @@ MIXED: Config = {  # what most tests of a whole bundle use, so that it is export
     "sliding_window": 6,
     "tie_word_embeddings": False,
     "attention_bias": True,
+}
+OWN_MODULE = "own_decoder:make"  # a module of a user's own, and configs of it
+OWN: Config = {
+    "vocab_size": 61,
+    "width": 32,
+    "max_position_embeddings": 64,
+    "own_window": 6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+OWN_STATED: Config = {  # with its KV layout
+    **OWN,
+    "num_hidden_layers": 4,
+    "kv_owner": [0, 1, 1, 0],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "sliding_window": 6,
+    "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full")],
 }
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}  # of 4 query heads
 
@@ -112,15 +135,29 @@ def make_checkpoint(
     return folder
 
 
+def save_own(folder: Path, config: Config) -> Path:
+    """A model folder of a user's own module, with random weights; the tied head is stored once."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, tensor in own_decoder.make(config).state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        tensors[name] = noise * tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 1 + 0.1 * noise
+    del tensors["head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @torch.inference_mode()
-def stateless_logits(model: ClaDecoder, tokens: list[int]) -> np.ndarray:
+def stateless_logits(model: Decoder, tokens: list[int]) -> np.ndarray:
     """Logits [S, V] of one sequence recomputed from its first token."""
     ids = torch.tensor([tokens])
     return model(ids, torch.arange(len(tokens))[None])[0].float().numpy()
 
 
 @torch.inference_mode()
-def stateless_kv(model: ClaDecoder, tokens: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+def stateless_kv(model: Decoder, tokens: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each group's K and V [Hkv, S, D] of one sequence."""
     ids = torch.tensor([tokens])
     groups = model.forward_with_kv(ids, torch.arange(len(tokens))[None])[1]

@@ -19,7 +19,16 @@ def blocks(*languages: str) -> list[tuple[str, str]]:
     return re.findall(wanted, text, flags=re.DOTALL | re.MULTILINE)
 
 
+def files() -> list[tuple[str, str]]:
+    """Name and text of each block that is a file."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python (\S+)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def test_readme_commands_run(tmp_path):
+    assert [name for name, _ in files()] == ["my_model.py"]
+    for name, text in files():
+        (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "demo-model").symlink_to(cla_export.demo_checkpoint())
     bin_folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
@@ -39,7 +48,9 @@ def test_readme_commands_run(tmp_path):
     for name in ("parity-report/parity.json", "parity-report/parity.xml", "plan.png"):
         assert (tmp_path / name).stat().st_size > 200, name
     assert any(language == "python" and len(text.split()) > 8 for language, text in printed)
-    assert any("2 layers in 1 group" in text for _, text in printed), printed[-1]
+    discovered = [text for _, text in printed if "2 layers in 1 group" in text]
+    assert len(discovered) == 2, "a module's and a graph's"
+    assert sum("greedy, free-running" in text and "PASSED" in text for _, text in printed) == 2
 
 
 def test_readme_scripts_exist():

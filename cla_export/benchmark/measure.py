@@ -45,6 +45,7 @@ def bench(
     backend: str | None = None,
     engine: Path | None = None,
     threads: int | None = None,
+    module: str | None = None,
     progress: Progress = _silent,
 ) -> Bench:
     """Measure a bundle: decode for each batch and context, and one prompt's prefill.
@@ -66,6 +67,7 @@ def bench(
         engine: folder of a TensorRT engine; None: the only one that the bundle has.
         threads: intra-operator threads (onnxruntime only); None: its own choice, and all processors
             for the floor.
+        module: `package.module:factory`, where the bundle was exported with one (torch only).
         progress: called with (what, cells done, of).
 
     A floor is given for `onnxruntime` on a CPU. Peak memory is that of the process from
@@ -94,7 +96,7 @@ def bench(
         if on_cpu:
             readings.append(read_bandwidth(threads or cpus()))
         forget_peak()
-        rows.append(time_cell(bundle, cell, backend, engine, threads))
+        rows.append(time_cell(bundle, cell, backend, engine, threads, module))
         gc.collect()  # the executor's caches and weights go before the next is opened
     graph = weights = bandwidth = None
     if on_cpu:

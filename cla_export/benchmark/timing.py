@@ -20,7 +20,12 @@ from cla_export.peak_memory import read_peak
 
 
 def time_cell(
-    bundle: Bundle, cell: Cell, backend: str | None, engine: Path | None, threads: int | None
+    bundle: Bundle,
+    cell: Cell,
+    backend: str | None,
+    engine: Path | None,
+    threads: int | None,
+    module: str | None = None,
 ) -> Row:
     """Open the bundle for a cell, and time it; the executor goes when this returns."""
     runs_on = backend_of(bundle, backend)
@@ -32,6 +37,7 @@ def time_cell(
         capacity=None if fixed else cell.capacity,
         slots=cell.batch,
         threads=threads,
+        module=module,
     )
     if cell.capacity > executor.capacity:
         raise BadInput(

@@ -10,7 +10,15 @@ import typer
 
 import cla_export
 from cla_export.cli.app import app
-from cla_export.cli.options import AsJson, Backend, BundleFolder, EngineFolder, Threads
+from cla_export.cli.options import (
+    AsJson,
+    Backend,
+    BundleFolder,
+    EngineFolder,
+    Module,
+    Threads,
+    importable,
+)
 from cla_export.cli.terminal import console_for, escape, progress_bar, show
 from cla_export.errors import BadInput, CheckFailed
 
@@ -34,6 +42,7 @@ def bench(
     ] = None,
     engine: EngineFolder = None,
     threads: Threads = None,
+    module: Module = None,
     output: Annotated[Path | None, typer.Option(help="File for the result, as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="File for the table.")] = None,
     plot: Annotated[
@@ -72,6 +81,7 @@ def bench(
             backend=None if backend is None else backend.value,
             engine=engine,
             threads=threads,
+            module=importable(module),
             progress=progress,
         )
     found = replace(found, command=shlex.join(["cla-export", *sys.argv[1:]]))

@@ -12,12 +12,14 @@ from cla_export.cli.options import (
     AttentionChoice,
     DType,
     Force,
+    Module,
     Quantize,
     Source,
     Target,
     WeightsChoice,
+    importable,
 )
-from cla_export.cli.terminal import console_for, progress_bar, show
+from cla_export.cli.terminal import console_for, escape, progress_bar, show
 
 
 @app.command(epilog="Example: cla-export export my-model my-bundle --target onnxruntime")
@@ -35,6 +37,7 @@ def export(
         AttentionChoice | None,
         typer.Option(help="TensorRT targets: its own kernels, or the fused plugin."),
     ] = None,
+    module: Module = None,
     weights: Annotated[
         WeightsChoice,
         typer.Option(
@@ -53,6 +56,7 @@ def export(
             dtype=dtype.value,
             quantize=None if quantize is None else quantize.value,
             attention=None if attention is None else attention.value,
+            module=importable(module),
             weights=weights.value,
             force=force,
             progress=progress,
@@ -77,5 +81,5 @@ def export(
             "what reads them by the onnx package wants --weights copy",
             highlight=False,
         )
-    for reason in bundle.attention_choices():
-        console.print(f"  {reason}", highlight=False)
+    for line in (*bundle.attention_choices(), *bundle.notes):
+        console.print(f"  {escape(line)}", highlight=False)

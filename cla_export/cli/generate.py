@@ -7,7 +7,15 @@ import typer
 
 import cla_export
 from cla_export.cli.app import app
-from cla_export.cli.options import AsJson, Backend, BundleFolder, EngineFolder, Threads
+from cla_export.cli.options import (
+    AsJson,
+    Backend,
+    BundleFolder,
+    EngineFolder,
+    Module,
+    Threads,
+    importable,
+)
 from cla_export.cli.terminal import show
 
 
@@ -21,6 +29,7 @@ def generate(
         typer.Option(help="What runs it; by default what the bundle was exported for."),
     ] = None,
     engine: EngineFolder = None,
+    module: Module = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling: probability mass kept.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
@@ -31,7 +40,11 @@ def generate(
     from cla_export.sampling import Sampler
 
     model = cla_export.load(
-        bundle, backend=None if backend is None else backend.value, engine=engine, threads=threads
+        bundle,
+        backend=None if backend is None else backend.value,
+        engine=engine,
+        threads=threads,
+        module=importable(module),
     )
     pieces = model.stream(prompt, tokens, Sampler(temperature, top_p, seed))
     if as_json:

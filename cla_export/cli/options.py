@@ -1,5 +1,6 @@
 """What several commands take: choices, arguments, options."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -76,6 +77,20 @@ Source = Annotated[Path, typer.Argument(help="Model folder: config.json, model.s
 BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, as export writes it.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
 Threads = Annotated[int | None, typer.Option(help="Intra-operator threads; onnxruntime.")]
+Module = Annotated[
+    str | None,
+    typer.Option(
+        help="package.module:factory of yours that makes the PyTorch module; it is imported.",
+        metavar="PACKAGE.MODULE:FACTORY",
+    ),
+]
 EngineFolder = Annotated[
     Path | None, typer.Option(help="TensorRT engine's folder, where the bundle has several.")
 ]
+
+
+def importable(module: str | None) -> str | None:
+    """Let code in the current folder be found too, behind everything that is installed."""
+    if module is not None and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    return module

@@ -7,7 +7,15 @@ import typer
 
 import cla_export
 from cla_export.cli.app import app
-from cla_export.cli.options import AsJson, BundleFolder, EngineFolder, ParityTarget, Threads
+from cla_export.cli.options import (
+    AsJson,
+    BundleFolder,
+    EngineFolder,
+    Module,
+    ParityTarget,
+    Threads,
+    importable,
+)
 from cla_export.cli.terminal import console_for, progress_bar, show
 from cla_export.errors import CheckFailed
 
@@ -21,6 +29,7 @@ def parity(
         typer.Option(help="What runs it; by default what the bundle was exported for."),
     ] = None,
     engine: EngineFolder = None,
+    module: Module = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for JSON, JUnit, Markdown, HTML.")
     ] = None,
@@ -49,6 +58,7 @@ def parity(
             reference,
             target=None if target is None else target.value,
             engine=engine,
+            module=importable(module),
             text=text,
             threads=threads,
             baseline=baseline,

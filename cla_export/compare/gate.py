@@ -69,6 +69,7 @@ def compare_bundle(
     debug_dir: Path | None = None,
     target: str | None = None,
     engine: Path | None = None,
+    module: str | None = None,
     executor: Executor | None = None,
     onnxruntime: type[OnnxRuntimeExecutor] = OnnxRuntimeExecutor,
     progress: Progress = _silent,
@@ -86,6 +87,7 @@ def compare_bundle(
         target: what runs the bundle: `onnxruntime`, `tensorrt` or `tensorrt-rtx`; None: what it was
             exported for.
         engine: folder of a TensorRT engine; None: the only one that the bundle has.
+        module: `package.module:factory` that makes the reference, where it was exported with one.
         executor: run all cases with this, in place of what `target` names.
         onnxruntime: ONNX Runtime's executor, in the first divergence's replay too.
         progress: called with (what, done, of).
@@ -118,7 +120,7 @@ def compare_bundle(
     if executor is not None:
         positions = min(positions, executor.capacity)
     folder = Path(reference) if reference is not None else bundle.source
-    checkpoint = _checkpoint(bundle, folder)
+    checkpoint = _checkpoint(bundle, folder, bundle.module_named(module))
     stream, origin = token_stream(bundle, text, seed)
     weights = bundle.quantization
     arithmetic, threshold = threshold_of(bundle.dtype, weights.name if weights else None)
@@ -362,13 +364,13 @@ def _torch_threads(model: Decoder) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _checkpoint(bundle: Bundle, folder: Path) -> Checkpoint:
+def _checkpoint(bundle: Bundle, folder: Path, module: str | None) -> Checkpoint:
     if not folder.is_dir():
         raise BundleError(
             f"{folder}: the model folder that {bundle.folder} was exported from is not there; pass "
             "it with --reference"
         )
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, module, bundle.layout)
     if checkpoint.spec.layout != bundle.layout:
         raise BundleError(
             f"{folder}: its KV layout ({checkpoint.spec.layout.describe()}) is not the bundle's "

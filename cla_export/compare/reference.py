@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from cla_export.models.decoder import KV, Decoder, KVCache
@@ -134,8 +136,34 @@ def _in_float64(model: Decoder) -> Iterator[None]:
         elif next(module.parameters(recurse=False), None) is not None:
             handles.append(module.register_forward_pre_hook(widen))
             handles.append(module.register_forward_hook(narrow, always_call=True))
-    with _hooked(handles):
+    with _hooked(handles), _WidenedParameters():
         yield
+
+
+class _WidenedParameters(TorchFunctionMode):
+    """Widens float32 parameters where they are read beside float64, and not by their own module.
+
+    Code that somebody else wrote may: a list of parameters, or a head that calls
+    `linear(x, embedding.weight)`.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        given = (*args, *(kwargs or {}).values())
+        if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in given):
+            args = tuple(_widened(x) for x in args)
+            kwargs = {name: _widened(x) for name, x in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _widened(value: Any) -> Any:  # noqa: ANN401
+    narrow = isinstance(value, nn.Parameter) and value.dtype == torch.float32
+    return value.double() if narrow else value
 
 
 @contextmanager

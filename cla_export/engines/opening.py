@@ -37,6 +37,7 @@ def open_executor(
     capacity: int | None = None,
     slots: int | None = None,
     threads: int | None = None,
+    module: str | None = None,
 ) -> Executor:
     """Open a bundle on a backend.
 
@@ -50,6 +51,7 @@ def open_executor(
             was built for. An engine's is fixed.
         slots: rows that can run side by side; None: one, or all that an engine was built for.
         threads: intra-operator threads (onnxruntime only).
+        module: `package.module:factory`, where the bundle was exported with one (torch only).
 
     Raises:
         BadInput: an option does not fit the backend, or the backend the bundle.
@@ -71,7 +73,8 @@ def open_executor(
         from cla_export.engines.torch import TorchExecutor
         from cla_export.models.checkpoint import load_model, open_checkpoint
 
-        model = load_model(open_checkpoint(bundle.source))
+        checkpoint = open_checkpoint(bundle.source, bundle.module_named(module), bundle.layout)
+        model = load_model(checkpoint)
         return TorchExecutor(model, capacity=capacity or bundle.max_positions, slots=slots or 1)
     check_installed(backend)
     from cla_export.engines.tensorrt import TensorRTExecutor

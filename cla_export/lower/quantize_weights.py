@@ -6,6 +6,8 @@ Weights have no values yet at this point; `weights.attach` packs each when it is
 weight that is also read elsewhere, such as a tied embedding, is kept beside its packed form.
 """
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from cla_export.lower.linears import linear_weight
@@ -15,15 +17,25 @@ from cla_export.rewrite.simplify import drop_unused
 _INT8_PRODUCTS = 4  # accuracy_level
 
 
-def quantize_weights(model: ir.Model, quantization: Quantization) -> int:
-    """Quantise every Linear's weight; returns how many there were."""
+def quantize_weights(
+    model: ir.Model, quantization: Quantization, tied: Mapping[str, str] | None = None
+) -> int:
+    """Quantise every Linear's weight; returns how many there were.
+
+    `tied` gives further names of weights: one that is looked up in too is packed under such a name.
+    """
+    others = {weight: name for name, weight in (tied or {}).items()}
     graph = model.graph
     found = 0
     for node in list(graph):
         weight = linear_weight(node)
         if weight is None or weight.const_value is not None:
             continue
-        name = "lm_head.weight" if str(node.name).startswith("lm_head/") else str(weight.name)
+        name = str(weight.name)
+        if str(node.name).startswith("lm_head/"):
+            name = "lm_head.weight"
+        elif any(reader.op_type != "Transpose" for reader, _ in weight.uses()):
+            name = others.get(name, name)
         how = quantization.of_weight(name)
         assert weight.shape is not None and weight.shape.is_static()
         rows, columns = weight.shape.numpy()

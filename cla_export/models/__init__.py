@@ -51,15 +51,23 @@ def family_of(config: Mapping[str, object]) -> Family:
         return cast("Family", import_module("cla_export.models.hugging_face"))
     close = get_close_matches(str(model_type), {*FAMILIES, *known}, n=3)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    message = f"config.json: model_type is {model_type!r}, which is not supported{hint}"
-    if not known:
-        raise BadInput(
-            f"{message} (supported: {', '.join(sorted(FAMILIES))}, and with transformers installed "
-            "its causal language models: pip install 'cla-export[hf]')"
-        )
+    supported = ", ".join(sorted(FAMILIES))
+    supported += (
+        ", and causal language models of transformers"
+        if known
+        else ", and with transformers installed its causal language models: pip install "
+        "'cla-export[hf]'"
+    )
+    own_code = (
+        "; its auto_map names code of the checkpoint, which is never run"
+        if "auto_map" in config
+        else ""
+    )
     raise BadInput(
-        f"{message} (supported: {', '.join(sorted(FAMILIES))}, and causal language models of "
-        "transformers)"
+        f"config.json: model_type is {model_type!r}, which is not supported{hint} (supported: "
+        f"{supported}){own_code}. Any other model has two ways in: --module package.module:factory "
+        "names a function of yours that makes its PyTorch module, and `cla-export rewrite` takes "
+        "an ONNX graph that you traced"
     )
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cla_export.errors import BadInput
-from cla_export.models import family_of
+from cla_export.layout import KVLayout
+from cla_export.models import Family, family_of
+from cla_export.models.agreement import check_weights, tied_names
 from cla_export.models.safetensors_index import TensorEntry, read_index
 from cla_export.spec import ModelSpec
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from cla_export.models.decoder import Decoder
-
-_FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,9 @@ class Checkpoint:
     config: Mapping[str, object]
     spec: ModelSpec
     tensors: Mapping[str, TensorEntry]
+    family: Family
+    notes: tuple[str, ...] = ()  # what is fine, and worth saying
+    module: str | None = None  # package.module:factory, where the user named one
 
     @property
     def dtype(self) -> str:
@@ -58,79 +61,43 @@ def read_config(folder: Path) -> dict[str, object]:
     return config
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a model folder, checking every weight's name, shape, dtype and presence."""
+def open_checkpoint(
+    folder: Path, module: str | None = None, layout: KVLayout | None = None
+) -> Checkpoint:
+    """Open a model folder, checking every weight's name, shape, dtype and presence.
+
+    Args:
+        folder: the model folder.
+        module: `package.module:factory` that makes its PyTorch module, in place of a family that
+            config.json names. It is imported.
+        layout: such a module's KV layout, where it is known; None: config.json or its graph says.
+
+    Raises:
+        BadInput: something is missing or does not fit; all tensors that do not are listed.
+    """
     config = read_config(folder)
-    spec = family_of(config).read_spec(config)
+    family = _family_of(config, module, layout)
+    spec = family.read_spec(config)
     tensors = read_index(folder)
     renamed = spec.renamed or {}
     if sum(n in tensors for n in renamed.values()) > sum(n in tensors for n in renamed):
         moved = {name: tensors[n] for name, n in renamed.items() if n in tensors}
         rest = {name: entry for name, entry in tensors.items() if name not in renamed.values()}
         tensors = {**rest, **moved}
-    _check_weights(folder, spec, tensors)
-    return Checkpoint(folder, config, spec, {name: tensors[name] for name in spec.weights()})
+    for other, name in tied_names(spec).items():
+        if name not in tensors and other in tensors:
+            tensors[name] = tensors.pop(other)
+    notes = check_weights(folder, spec, tensors)
+    kept = {name: tensors[name] for name in spec.weights()}
+    return Checkpoint(folder, config, spec, kept, family, tuple(notes), module)
 
 
-def _check_weights(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorEntry]) -> None:
-    expected = spec.weights()
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise BadInput(f"{folder}: weight {name} is missing; {_hint(name, spec)}")
-        entry = tensors[name]
-        if entry.shape != shape:
-            raise BadInput(
-                f"{folder}: weight {name} has shape {list(entry.shape)}, config.json says "
-                f"{list(shape)}; one of the two belongs to another model"
-            )
-        if entry.dtype not in _FLOATS:
-            raise BadInput(
-                f"{folder}: weight {name} is {entry.dtype}; expected one of {', '.join(_FLOATS)}"
-            )
-    for name in tensors:
-        if name in expected or name.endswith("rotary_emb.inv_freq"):
-            continue
-        if name == "lm_head.weight" and spec.tie_embeddings:
-            _check_tied_copy(folder, spec, tensors)
-            continue
-        if spec.part and not name.startswith(spec.part):
-            continue  # another model's
-        raise BadInput(f"{folder}: unexpected weight {name}; {_hint(name, spec)}")
+def _family_of(config: Mapping[str, object], module: str | None, layout: KVLayout | None) -> Family:
+    if module is None:
+        return family_of(config)
+    from cla_export.models.module import ModuleFamily
 
-
-def _hint(name: str, spec: ModelSpec) -> str:
-    parts = name.split(".")
-    if len(parts) > 2 and parts[1] == "layers" and parts[2].isdigit():
-        layer = int(parts[2])
-        if layer >= spec.num_layers:
-            return f"config.json has num_hidden_layers {spec.num_layers}"
-        owner = spec.layout.kv_owner[layer]
-        if any(part in parts for part in ("k_proj", "v_proj", "k_norm", "kv_layernorm")):
-            role = "is an owner" if owner == layer else f"is a sharer of layer {owner}"
-            options = f"separate_kv_norm {spec.separate_kv_norm}, qk_norm {spec.qk_norm}"
-            return (
-                f"by config.json's KV layout layer {layer} {role} ({options}): "
-                "correct kv_owner or those options"
-            )
-    if name == "lm_head.weight":
-        return "config.json says tie_word_embeddings false; set it to true if the head is tied"
-    return "config.json describes another model than these weights (or lacks an option)"
-
-
-def _check_tied_copy(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorEntry]) -> None:
-    table = spec.vocab_size, spec.hidden_size
-    embedding = next(name for name, shape in spec.weights().items() if shape == table)
-    copies = []
-    for name in (embedding, "lm_head.weight"):
-        entry = tensors[name]
-        with entry.path.open("rb") as file:
-            file.seek(entry.offset)
-            copies.append(file.read(entry.nbytes))
-    if copies[0] != copies[1]:
-        raise BadInput(
-            f"{folder}: config.json says tie_word_embeddings true, but lm_head.weight differs from "
-            f"{embedding}; set tie_word_embeddings to false"
-        )
+    return ModuleFamily.named(module, layout)
 
 
 def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | None" = None) -> "Decoder":
@@ -142,7 +109,7 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | None" = None) -> "D
     from safetensors import safe_open
 
     dtype = dtype or torch.float32
-    model = family_of(checkpoint.config).build(checkpoint.spec)
+    model = checkpoint.family.build(checkpoint.spec)
     parameters = dict(model.named_parameters())
     held = {**parameters, **dict(model.named_buffers())}
     by_file: dict[Path, list[tuple[str, str]]] = {}

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cla_export.config import ConfigReader
 from cla_export.errors import BadInput
-from cla_export.layout import layout_from_config
+from cla_export.layout import KVLayout, layout_from_config
 from cla_export.models.decoder import KV, Decoder, KVCache
 from cla_export.spec import ModelSpec
 
@@ -50,10 +50,27 @@ def read_spec(config: Mapping[str, object]) -> ModelSpec:
         rope_theta=_rope_theta(read),
         norm_eps=read.number("rms_norm_eps", 1e-6),
         tie_embeddings=read.boolean("tie_word_embeddings", False),
-        separate_kv_norm=read.boolean("separate_kv_norm", False),
+        separate_kv_norm=_kv_norms(read, config, layout),
         qk_norm=read.boolean("qk_norm", False),
         attention_bias=read.boolean("attention_bias", False),
     )
+
+
+def _kv_norms(
+    read: ConfigReader, config: Mapping[str, object], layout: KVLayout
+) -> bool | tuple[int, ...]:
+    """Which owners have a kv_layernorm: all, none, or those of a list (YOCO: one)."""
+    value = config.get("separate_kv_norm")
+    if not isinstance(value, list):
+        return read.boolean("separate_kv_norm", False)
+    owners = [layer for layer in range(layout.num_layers) if layout.is_owner(layer)]
+    for layer in value:
+        if type(layer) is not int or layer not in owners:
+            raise BadInput(
+                f"config.json: separate_kv_norm lists {layer!r}; expected true, false, or some of "
+                f"the layers that own a cache ({', '.join(map(str, owners))})"
+            )
+    return tuple(value)
 
 
 def _rope_theta(read: ConfigReader) -> float:
@@ -185,7 +202,7 @@ class Layer(nn.Module):
         self.mlp = MLP(spec)
         self.input_layernorm = RMSNorm(*norm)
         self.post_attention_layernorm = RMSNorm(*norm)
-        if self.self_attn.is_owner and spec.separate_kv_norm:
+        if spec.has_kv_norm(layer):
             self.kv_layernorm = RMSNorm(*norm)
 
     def project_kv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> KV:

@@ -66,12 +66,8 @@ class StatelessDecoder(Decoder):
         super().__init__()
         self.spec = spec
         self.__dict__["module"] = module  # no child of this one: its parts are
-        for name, child in module.named_children():
-            self.add_module(name, child)
-        for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in module.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=name in module.state_dict())
+        for parts in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[parts] = module.__dict__[parts]  # what replaces one here does so there
 
     def stateless(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Call the module."""

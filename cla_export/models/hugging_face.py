@@ -5,8 +5,7 @@ computed once, by the model's own module, and looked up by position: computed in
 would drift. No code of a checkpoint is executed; a config's `auto_map` is not read.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from transformers.initialization import no_init_weights
 from cla_export.errors import BadInput
 from cla_export.layout import layout_from_config
 from cla_export.models.decoder import StatelessDecoder
+from cla_export.models.without_data import parameters_without_data
 from cla_export.spec import ModelSpec
 
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
@@ -84,7 +84,7 @@ def build(spec: ModelSpec) -> "HuggingFaceDecoder":
 
 def constants(spec: ModelSpec) -> dict[str, Tensor]:
     """The buffers that a checkpoint does not hold, such as tables of angles."""
-    with _parameters_without_data():
+    with parameters_without_data():
         model = build(spec)
     kept = set(model.state_dict())
     return {name: value for name, value in model.named_buffers() if name not in kept}
@@ -208,20 +208,3 @@ def _renamed(model: Any, part: str) -> dict[str, str]:  # noqa: ANN401
         if name != stored:
             found[name] = stored
     return found
-
-
-@contextmanager
-def _parameters_without_data() -> Iterator[None]:
-    """Modules made here have buffers as they are, and parameters with a shape alone."""
-    register = nn.Module.register_parameter
-
-    def shape_only(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = shape_only  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

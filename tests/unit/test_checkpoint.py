@@ -1,7 +1,10 @@
 """Model folders: what is read back, and what each kind of wrong folder is told."""
 
 import json
+import shlex
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +186,14 @@ def test_a_config_that_is_not_text(folder: Path) -> None:
     ("model_type", "parts"),
     [
         ("clla", ["'clla'", "did you mean 'cla'", "supported: cla"]),
+        (
+            "clla",
+            [
+                "Any other model has two ways in: --module package.module:factory names a function "
+                "of yours that makes its PyTorch module, and `cla-export rewrite` takes an ONNX "
+                "graph that you traced"
+            ],
+        ),
         ("gpt_knee_ox", ["'gpt_knee_ox'", "supported: cla", "did you mean 'gpt_neox'"]),
         (None, ["model_type is None"]),
         (["cla"], ["model_type is ['cla']"]),
@@ -324,7 +335,11 @@ def test_tied_in_the_config_but_another_head(folder: Path) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
 
     edit_weights(folder, add)
-    refused(folder, "tie_word_embeddings true, but lm_head.weight differs", "to false")
+    refused(
+        folder,
+        f"{folder}: tied weight lm_head.weight differs from model.embed_tokens.weight; config.json "
+        "says tie_word_embeddings true: set it to false",
+    )
 
 
 @pytest.mark.parametrize(
@@ -337,10 +352,206 @@ def test_an_index_that_is_none(folder: Path, text: str) -> None:
     refused(folder, str(index), "not a safetensors index")
 
 
+def refused_as(folder: Path, message: str) -> None:
+    """open_checkpoint says no, in these words."""
+    with pytest.raises(BadInput) as caught:
+        open_checkpoint(folder)
+    assert str(caught.value) == message
+
+
 def test_a_missing_shard(folder: Path) -> None:
-    name = shard(folder)[1]
-    (folder / name).unlink()
-    refused(folder, f"names {name}, which is not in the folder")
+    first, second, _ = shard(folder)
+    tensors = {name: sorted(load_file(folder / name)) for name in (first, second)}
+    (folder / second).unlink()
+    index, total = folder / f"{WEIGHTS}.index.json", len(open_names(folder))
+    lost = tensors[second]
+    assert len(lost) > 8
+    refused_as(
+        folder,
+        f"{index}: names {second}, which is not in the folder; {len(lost)} of {total} tensors are "
+        f"lost with it: {', '.join(lost[:8])} and {len(lost) - 8} more. Download it again",
+    )
+    (folder / first).unlink()
+    lost = sorted(tensors[first] + tensors[second])
+    refused_as(
+        folder,
+        f"{index}: names {first}, {second}, which are not in the folder; {len(lost)} of {total} "
+        f"tensors are lost with them: {', '.join(lost[:8])} and {len(lost) - 8} more. Download "
+        "them again",
+    )
+
+
+def open_names(folder: Path) -> dict[str, str]:
+    """Tensor -> shard, as the index says."""
+    return dict(json.loads((folder / f"{WEIGHTS}.index.json").read_text())["weight_map"])
+
+
+@pytest.mark.parametrize("kind", ["parent", "deep", "absolute", "windows"])
+def test_a_shard_outside_of_the_folder(folder: Path, tmp_path: Path, kind: str) -> None:
+    """It is there and right, and still not opened."""
+    first = shard(folder)[0]
+    (folder / first).rename(tmp_path / "x.safetensors")
+    name = {
+        "parent": "../x.safetensors",
+        "deep": "a/../../x.safetensors",
+        "absolute": str(tmp_path / "x.safetensors"),
+        "windows": "..\\x.safetensors",
+    }[kind]
+    (folder / "a").mkdir()
+    index = folder / f"{WEIGHTS}.index.json"
+    weight_map = {k: name if v == first else v for k, v in open_names(folder).items()}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    refused_as(
+        folder,
+        f"{index}: names {name!r}, outside of the model folder; such files are not opened: a shard "
+        "lies beside its index",
+    )
+
+
+def test_shards_may_be_links(folder: Path, tmp_path: Path) -> None:
+    """A download cache keeps files elsewhere, and links them into the folder."""
+    first = shard(folder)[0]
+    (folder / first).rename(tmp_path / "blob")
+    (folder / first).symlink_to(tmp_path / "blob")
+    assert len(open_checkpoint(folder).tensors) == len(open_names(folder))
+
+
+# Dtypes that differ, tensors too many or too few: all of it is said at once.
+
+
+def test_norms_of_another_dtype(folder: Path) -> None:
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor if "norm" in name else tensor.bfloat16()
+
+    before = load_file(folder / WEIGHTS)
+    edit_weights(folder, mix)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.dtype == "bfloat16", "most bytes are"
+    assert checkpoint.notes == (
+        "weights are stored as BF16 (25 tensors) and F32 (9 tensors); each is converted from its "
+        "own",
+    )
+    model = load_model(checkpoint)
+    for name, tensor in before.items():
+        exact = tensor if "norm" in name else tensor.bfloat16().float()
+        assert torch.equal(model.get_parameter(name), exact), name
+
+
+def test_all_that_is_wrong_is_listed(folder: Path) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        del tensors["model.layers.0.self_attn.v_proj.weight"]
+        tensors["model.norm.weight"] = torch.ones(25)
+        down = tensors["model.layers.1.mlp.down_proj.weight"]
+        tensors["model.layers.1.mlp.down_proj.weight"] = down.to(torch.int8)
+        gate = tensors["model.layers.1.mlp.gate_proj.weight"]
+        tensors["model.layers.1.mlp.gate_proj.weight"] = gate.to(torch.float8_e4m3fn)
+        tensors["model.layers.1.self_attn.k_proj.weight"] = torch.ones(2)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors["model.layers.0.attn.masked_bias"] = torch.ones(1)
+
+    edit_weights(folder, edit)
+    other = "config.json describes another model than these weights (or lacks an option)"
+    by_layout = (
+        "by config.json's KV layout layer {} (separate_kv_norm False, qk_norm False): "
+        "correct kv_owner or those options"
+    )
+    refused_as(
+        folder,
+        "\n".join(
+            [
+                f"{folder}: 6 of its tensors are not what config.json describes",
+                "  weight model.layers.0.self_attn.v_proj.weight is missing",
+                f"    {by_layout.format('0 is an owner')}",
+                "  weight model.layers.0.mlp.up_proj.weight is missing",
+                f"    {other}",
+                "  weight model.norm.weight has shape [25], config.json says [24]",
+                "    one of the two belongs to another model",
+                "  weight model.layers.1.mlp.gate_proj.weight is F8_E4M3",
+                "  weight model.layers.1.mlp.down_proj.weight is I8",
+                "    expected one of F32, F16, BF16; weights that are quantised already are not "
+                "read: take the checkpoint that they were made from",
+                "  unexpected weight model.layers.1.self_attn.k_proj.weight",
+                f"    {by_layout.format('1 is a sharer of layer 0')}",
+                "  ignored, since no weights of this model: model.layers.0.attn.masked_bias, "
+                "model.layers.0.self_attn.rotary_emb.inv_freq",
+            ]
+        ),
+    )
+
+
+def test_what_is_ignored_is_said(folder: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    edit_weights(folder, add)
+    assert open_checkpoint(folder).notes == (
+        "ignored, since no weights of this model: model.layers.0.self_attn.rotary_emb.inv_freq",
+    )
+
+
+# Pickled weights are not opened; the command that the message gives converts them.
+
+
+class Trap:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("executed"),)
+
+
+def test_pickled_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    names = ["pytorch_model-1-of-2.bin", "pytorch_model-2-of-2.bin"]
+    for index, name in enumerate(names):
+        mine = {key: expected[key] for key in sorted(expected)[index::2]}
+        if index == 0:  # shares memory, as a tied head does
+            mine["lm_head.weight"] = expected["model.embed_tokens.weight"]
+            mine["model.embed_tokens.weight"] = expected["model.embed_tokens.weight"]
+        torch.save(mine, folder / name)
+    with pytest.raises(BadInput) as caught:
+        open_checkpoint(folder)
+    first, command, last = str(caught.value).splitlines()
+    assert first == (
+        f"{folder}: its weights are pickled ({', '.join(names)}), which are not opened, since "
+        "unpickling can run code. Convert them once, tensors alone:"
+    )
+    assert last == (
+        "or, where transformers knows the model, open it there and write it with save_pretrained"
+    )
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+    subprocess.run([sys.executable, *arguments], check=True)
+    model = load_model(open_checkpoint(folder))
+    for name, tensor in expected.items():
+        assert torch.equal(model.get_parameter(name), tensor)
+    (folder / WEIGHTS).unlink()
+    monkeypatch.chdir(folder)
+    torch.save({"model.norm.weight": Trap()}, folder / names[0])
+    refused(folder, "unpickling can run code")
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    assert done.returncode and "Weights only load failed" in done.stderr
+    assert not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (["consolidated.00.pth"], ["names in it are Meta's, so pass --module", "python -c"]),
+        (
+            ["consolidated.00.pth", "consolidated.01.pth"],
+            ["each of these holds a part of every tensor", "published in safetensors format too"],
+        ),
+        (["pytorch_model.bin"], ["pickled (pytorch_model.bin)", "python -c"]),
+        (["model.pt"], ["pickled (model.pt)", "python -c"]),
+        (["checkpoint.pth", "optimizer.pt"], ["pickled (optimizer.pt)", "python -c"]),
+    ],
+)
+def test_other_pickles(folder: Path, names: list[str], parts: list[str]) -> None:
+    (folder / WEIGHTS).unlink()
+    for name in names:
+        torch.save({"trap": Trap()}, folder / name)
+    refused(folder, f"{folder}: its weights are pickled", *parts)
 
 
 def test_an_incomplete_shard(folder: Path) -> None:

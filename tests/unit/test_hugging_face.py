@@ -122,6 +122,35 @@ def test_logits_are_those_of_the_familys_own_code(bundle: Bundle) -> None:
         assert np.abs(np.concatenate(made) - expected).max() < 1e-4
 
 
+def test_onnxruntime_genai_opens_it(bundle: Bundle) -> None:
+    """Its own tokens, one by one, are the model's own."""
+    og = pytest.importorskip("onnxruntime_genai")
+    own = transformers.AutoModelForCausalLM.from_pretrained(bundle.source).eval()
+    prompt = np.random.default_rng(1).integers(3, VOCAB, 9).tolist()
+    with torch.inference_mode():
+        kept = own.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, use_cache=False
+        )[0].tolist()
+    model = og.Model(str(bundle.folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + 12)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    made = generator.get_sequence(0).tolist()
+    assert made == (kept[:-1] if kept[-1] == 2 else kept)  # genai leaves out the end of a text
+
+
+def test_transformers_reads_the_bundles_config(bundle: Bundle) -> None:
+    made, own = (
+        transformers.AutoConfig.from_pretrained(folder).to_dict()
+        for folder in (bundle.folder, bundle.source)
+    )
+    assert made.pop("_name_or_path") != own.pop("_name_or_path")
+    assert made == own
+
+
 def operators(graph: Path | None) -> Counter[str]:
     assert graph is not None
     return Counter(node.op_type for node in ir.load(graph).graph)

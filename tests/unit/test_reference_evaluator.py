@@ -3,25 +3,58 @@
 import numpy as np
 import onnx
 import pytest
-from models_zoo import BASE, MIXED, Zoo, stateless_kv, stateless_logits, tokens_of
+from models_zoo import (
+    BASE,
+    MIXED,
+    OWN_MODULE,
+    OWN_STATED,
+    Zoo,
+    save_own,
+    stateless_kv,
+    stateless_logits,
+    tokens_of,
+)
 from onnx.reference import ReferenceEvaluator
 
-from cla_export.models.cla import ClaDecoder
+from cla_export.bundle import Bundle
+from cla_export.exporter import export
+from cla_export.models.checkpoint import load_model, open_checkpoint
+from cla_export.models.decoder import Decoder
 
 CLOSE = 1e-4  # float32 through NumPy; measured errors stay under 1e-5
 CAPACITY, VOCAB = 20, BASE["vocab_size"]
-MODELS = {"mixed": MIXED, "head dim 10": {"kv_owner": (0, 0), "head_dim": 10}}
+GEMMA = {  # the last two layers read the last own of their kind
+    "num_hidden_layers": 5,
+    "num_kv_shared_layers": 2,
+    "layer_types": [
+        f"{kind}_attention" for kind in ("sliding", "full", "sliding", "full", "sliding")
+    ],
+    "sliding_window": 5,
+}
+MODELS = {
+    "mixed": MIXED,
+    "head dim 10": {"kv_owner": (0, 0), "head_dim": 10},
+    "as Gemma": GEMMA,
+    "a module of one's own": None,
+}
 Arrays = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def overrides(request: pytest.FixtureRequest) -> dict:
-    return MODELS[request.param]
+def bundle(
+    request: pytest.FixtureRequest, zoo: Zoo, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    overrides = MODELS[request.param]
+    if overrides is not None:
+        return zoo.bundle("portable", **overrides)
+    folder = tmp_path_factory.mktemp("own")
+    source = save_own(folder / "model", OWN_STATED)
+    return export(source, folder / "bundle", target="portable", module=OWN_MODULE)
 
 
 @pytest.fixture(scope="module")
-def graph(zoo: Zoo, overrides: dict) -> onnx.ModelProto:
-    return onnx.load(zoo.bundle("portable", **overrides).graph)
+def graph(bundle: Bundle) -> onnx.ModelProto:
+    return onnx.load(bundle.graph)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +63,16 @@ def evaluator(graph: onnx.ModelProto) -> ReferenceEvaluator:
 
 
 @pytest.fixture(scope="module")
-def torch_model(zoo: Zoo, overrides: dict) -> ClaDecoder:
-    return zoo.model(**overrides)
+def torch_model(bundle: Bundle) -> Decoder:
+    return load_model(open_checkpoint(bundle.source, bundle.module))
+
+
+def test_who_shares(bundle: Bundle) -> None:
+    if bundle.config().get("num_kv_shared_layers"):
+        assert bundle.layout.kv_owner == (0, 1, 2, 1, 2)
+        assert bundle.layout.window == (5, None, 5, None, 5)
+    if bundle.module:
+        assert bundle.layout.kv_owner == (0, 1, 1, 0)
 
 
 def empty_caches(graph: onnx.ModelProto, batch: int) -> Arrays:
@@ -72,7 +113,7 @@ def step(
 
 
 def test_prefill_then_ragged_decode(
-    graph: onnx.ModelProto, evaluator: ReferenceEvaluator, torch_model: ClaDecoder
+    graph: onnx.ModelProto, evaluator: ReferenceEvaluator, torch_model: Decoder
 ) -> None:
     prompts = [1, 9, 4]
     texts = [tokens_of(prompt + 6, seed) for seed, prompt in enumerate(prompts)]
@@ -94,7 +135,7 @@ def test_prefill_then_ragged_decode(
 
 
 def test_ragged_chunks_after_held_tokens(
-    graph: onnx.ModelProto, evaluator: ReferenceEvaluator, torch_model: ClaDecoder
+    graph: onnx.ModelProto, evaluator: ReferenceEvaluator, torch_model: Decoder
 ) -> None:
     """Rows of different lengths take different numbers of new tokens in one call."""
     texts = [tokens_of(10, 3), tokens_of(10, 4)]
@@ -111,7 +152,7 @@ def test_ragged_chunks_after_held_tokens(
 def test_logits_to_keep_is_an_input_with_a_default(
     graph: onnx.ModelProto,
     evaluator: ReferenceEvaluator,
-    torch_model: ClaDecoder,
+    torch_model: Decoder,
     keep: int | None,
 ) -> None:
     """Not fed, or more than there are: all of the call's; a shorter row has its own first."""

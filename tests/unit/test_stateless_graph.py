@@ -1,8 +1,10 @@
 """A graph that somebody else traced: sharing is discovered, caches are added, both are run."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -104,13 +106,53 @@ def test_what_is_refused(stateless: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.onnx").exists()
 
 
-def test_weights_outside_of_the_folder_are_not_opened(stateless: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link"])
+def test_weights_outside_of_the_folder_are_not_opened(
+    stateless: Path, tmp_path: Path, kind: str
+) -> None:
+    """They are there and right, and still not opened."""
+    (tmp_path / "in").mkdir()
+    outside = tmp_path / "weights.data"
+    shutil.copy(stateless.with_name("sandwich.onnx.data"), outside)
+    place = {"parent": "../weights.data", "absolute": str(outside), "link": "linked.data"}[kind]
+    (tmp_path / "in" / "linked.data").symlink_to(outside)
     model = onnx.load(stateless, load_external_data=False)
-    weight = next(w for w in model.graph.initializer if w.external_data)
-    next(e for e in weight.external_data if e.key == "location").value = "../../etc/passwd"
-    (tmp_path / "trap.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(BadInput, match=r"outside of the graph's own folder"):
-        rewrite_graph(tmp_path / "trap.onnx", tmp_path / "out.onnx")
+    weights = [w for w in model.graph.initializer if w.external_data]
+    for weight in weights:
+        next(e for e in weight.external_data if e.key == "location").value = place
+    trap = tmp_path / "in" / "trap.onnx"
+    trap.write_bytes(model.SerializeToString())
+    with pytest.raises(BadInput) as caught:
+        rewrite_graph(trap, tmp_path / "out.onnx")
+    assert str(caught.value) == (
+        f"{trap}: weight {weights[0].name} is kept in {place!r}, outside of the graph's own "
+        "folder; such files are not opened: save the graph again with its weights beside it"
+    )
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["initialiser", "constant node"])
+def test_large_tables_never_go_into_the_graphs_own_file(
+    stateless: Path, tmp_path: Path, inside: bool
+) -> None:
+    """A protobuf file ends at 2 GB; what is large is kept beside it, wherever it came from."""
+    model = ir.load(stateless)
+    value = next(v for n, v in model.graph.initializers.items() if n.endswith("places.weight"))
+    table = np.random.default_rng(0).normal(size=(20_000, WIDTH)).astype(np.float32)
+    tensor = ir.tensor(table, name=value.name)
+    if inside:
+        made = ir.Value(name="table", type=value.type, shape=ir.Shape(table.shape))
+        attribute = {"value": ir.AttrTensor("value", tensor)}
+        model.graph.insert_before(
+            model.graph[0], ir.node("Constant", [], attribute, outputs=[made])
+        )
+        value.replace_all_uses_with(made)
+        del model.graph.initializers[str(value.name)]
+    else:
+        value.const_value, value.shape = tensor, ir.Shape(table.shape)
+    ir.save(model, tmp_path / "large.onnx", external_data="large.data")
+    done = rewrite_graph(tmp_path / "large.onnx", tmp_path / "out.onnx")
+    assert done.path.stat().st_size < 50_000
+    assert (tmp_path / "out.onnx.data").stat().st_size > table.nbytes
 
 
 def test_other_names_of_inputs_are_named(stateless: Path, tmp_path: Path) -> None:
