@@ -64,7 +64,7 @@ def read_stateless(source: Path) -> tuple[ir.Model, Weights]:
     return model, weights
 
 
-def _loaded(source: Path, tensor: ir.ExternalTensor) -> ir.Tensor:
+def _loaded(source: Path, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     try:
         return ir.tensor(tensor.numpy().copy(), tensor.dtype, name=tensor.name)
     except (OSError, ValueError) as error:
