@@ -219,7 +219,7 @@ def _manifest(
 ) -> dict[str, object]:
     spec = checkpoint.spec
     graph = lowered.model.graph
-    weight_files = sorted({entry.path for entry in checkpoint.tensors.values()})
+    weight_files = sorted({p.path for entry in checkpoint.tensors.values() for p in entry.places})
     hashed = [checkpoint.folder / "config.json", *weight_files]
     return {
         "cla_export": __version__,

@@ -60,7 +60,13 @@ def attach(
 
 def _read(entry: TensorEntry) -> np.ndarray:
     stored, _ = STORED[entry.dtype]
-    return np.memmap(entry.path, stored, mode="r", offset=entry.offset, shape=entry.shape)
+    pieces = [
+        np.memmap(place.path, stored, mode="r", offset=place.offset, shape=place.shape)
+        for place in entry.places
+    ]
+    if not entry.parts:
+        return pieces[0]
+    return np.concatenate([piece.reshape(-1) for piece in pieces]).reshape(entry.shape)
 
 
 def _lazy(entry: TensorEntry, value: ir.Value) -> ir.LazyTensor:

@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,14 +62,54 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a model folder, checking every weight's name, shape, dtype and presence."""
     config = read_config(folder)
     spec = family_of(config).read_spec(config)
-    tensors = read_index(folder)
+    tensors = index = read_index(folder)
     renamed = spec.renamed or {}
     if sum(n in tensors for n in renamed.values()) > sum(n in tensors for n in renamed):
         moved = {name: tensors[n] for name, n in renamed.items() if n in tensors}
         rest = {name: entry for name, entry in tensors.items() if name not in renamed.values()}
         tensors = {**rest, **moved}
+    tensors = _assembled(folder, spec, tensors, index)
     _check_weights(folder, spec, tensors)
     return Checkpoint(folder, config, spec, {name: tensors[name] for name in spec.weights()})
+
+
+def _assembled(
+    folder: Path,
+    spec: ModelSpec,
+    tensors: Mapping[str, TensorEntry],
+    index: Mapping[str, TensorEntry],
+) -> dict[str, TensorEntry]:
+    """`tensors`, where parameters that the checkpoint has in pieces stand for their pieces."""
+    made, used = {}, set()
+    for name, ways in (spec.assembled or {}).items():
+        rows = max(ways, key=lambda way: sum(part.name in index for part in way) / len(way))
+        for part in rows:
+            if part.name not in index:
+                raise BadInput(f"{folder}: weight {part.name} is missing; {_hint(part.name, spec)}")
+            _check_shape(folder, part.name, index[part.name], part.shape)
+        parts = [index[r.name].rows(r.start, r.stop or r.shape[0]) for r in rows]
+        if len({part.dtype for part in parts}) > 1:
+            raise BadInput(
+                f"{folder}: {parts[0].name} is {parts[0].dtype} and others that make up {name} are "
+                "not; save them in one dtype"
+            )
+        first, size = parts[0], sum(part.nbytes for part in parts)
+        made[name] = replace(
+            first,
+            shape=spec.weights()[name],
+            nbytes=size,
+            parts=() if len(parts) == 1 else tuple(parts),
+        )
+        used |= {row.name for row in rows}
+    return {**{n: entry for n, entry in tensors.items() if n not in used}, **made}
+
+
+def _check_shape(folder: Path, name: str, entry: TensorEntry, shape: tuple[int, ...]) -> None:
+    if entry.shape != shape:
+        raise BadInput(
+            f"{folder}: weight {name} has shape {list(entry.shape)}, config.json says "
+            f"{list(shape)}; one of the two belongs to another model"
+        )
 
 
 def _check_weights(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorEntry]) -> None:
@@ -78,11 +118,7 @@ def _check_weights(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorEn
         if name not in tensors:
             raise BadInput(f"{folder}: weight {name} is missing; {_hint(name, spec)}")
         entry = tensors[name]
-        if entry.shape != shape:
-            raise BadInput(
-                f"{folder}: weight {name} has shape {list(entry.shape)}, config.json says "
-                f"{list(shape)}; one of the two belongs to another model"
-            )
+        _check_shape(folder, name, entry, shape)
         if entry.dtype not in _FLOATS:
             raise BadInput(
                 f"{folder}: weight {name} is {entry.dtype}; expected one of {', '.join(_FLOATS)}"
@@ -138,21 +174,22 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | None" = None) -> "D
 
     `dtype` None means float32, to which every checkpoint dtype converts exactly.
     """
+    import numpy as np
     import torch
-    from safetensors import safe_open
 
     dtype = dtype or torch.float32
+    stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     model = family_of(checkpoint.config).build(checkpoint.spec)
     parameters = dict(model.named_parameters())
     held = {**parameters, **dict(model.named_buffers())}
-    by_file: dict[Path, list[tuple[str, str]]] = {}
-    for name, entry in checkpoint.tensors.items():
-        by_file.setdefault(entry.path, []).append((name, entry.name))
     with torch.no_grad():
-        for path, names in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                for name, stored in names:
-                    held[name].copy_(file.get_tensor(stored))
+        for name, entry in checkpoint.tensors.items():
+            flat, start = held[name].view(-1), 0
+            for place in entry.places:
+                read = np.fromfile(place.path, np.uint8, place.nbytes, offset=place.offset)
+                values = torch.from_numpy(read).view(stored[place.dtype])
+                flat[start : start + len(values)] = values
+                start += len(values)
     for parameter in parameters.values():
         parameter.data = parameter.data.to(dtype)
     return model.eval()

@@ -15,7 +15,10 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8"
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor in one safetensors file. `offset` counts bytes from the start of the file."""
+    """One tensor in one safetensors file. `offset` counts bytes from the start of the file.
+
+    One that is put together lies in `parts`, end to end; its own place is the first one's.
+    """
 
     name: str
     path: Path
@@ -23,6 +26,18 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    parts: tuple["TensorEntry", ...] = ()
+
+    @property
+    def places(self) -> tuple["TensorEntry", ...]:
+        """Where its bytes lie, in order."""
+        return self.parts or (self,)
+
+    def rows(self, start: int, stop: int) -> "TensorEntry":
+        """Rows of it, which lie in one place as well."""
+        row = self.nbytes // self.shape[0]
+        shape, offset = (stop - start, *self.shape[1:]), self.offset + start * row
+        return TensorEntry(self.name, self.path, self.dtype, shape, offset, (stop - start) * row)
 
 
 def read_index(folder: Path) -> dict[str, TensorEntry]:
