@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from cla_export.errors import GraphError
+from cla_export.interleaving import INTERLEAVED, interleave
 from cla_export.models.checkpoint import Checkpoint
 from cla_export.models.safetensors_index import TensorEntry
 from cla_export.quantization import PACKED, WEIGHT, Quantization
@@ -47,6 +48,9 @@ def attach(
         if (weight := value.metadata_props.get(WEIGHT)) is not None:
             value.const_value = _lazy_part(packed, weight, value)
             continue
+        if (weight := value.metadata_props.get(INTERLEAVED)) is not None:
+            value.const_value = _lazy(checkpoint.tensors[weight], value, interleave)
+            continue
         if name in constants:
             value.const_value = ir.tensor(constants[name].numpy(), name=name)
         elif name in checkpoint.tensors:
@@ -69,12 +73,17 @@ def _read(entry: TensorEntry) -> np.ndarray:
     return np.concatenate([piece.reshape(-1) for piece in pieces]).reshape(entry.shape)
 
 
-def _lazy(entry: TensorEntry, value: ir.Value) -> ir.LazyTensor:
+def _lazy(
+    entry: TensorEntry,
+    value: ir.Value,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> ir.LazyTensor:
     wanted = value.dtype
     assert wanted is not None
 
     def read() -> ir.TensorProtocol:
         data = _read(entry).astype(wanted.numpy(), copy=False)
+        data = data if change is None else change(data)
         return ir.tensor(data, dtype=wanted, name=entry.name)
 
     return ir.LazyTensor(read, dtype=wanted, shape=ir.Shape(entry.shape), name=entry.name)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,12 +12,8 @@ from torch import Tensor
 
 from cla_export.compare.gate import compare_bundle
 from cla_export.engines.torch import TorchExecutor
-from cla_export.errors import BadInput, LayoutError
 from cla_export.exporter import export
-from cla_export.models import family_of
 from cla_export.models.checkpoint import load_model, open_checkpoint
-from cla_export.rewrite import rewrite
-from cla_export.trace import trace
 
 VOCAB, POSITIONS = 61, 64
 DENSE: dict[str, Any] = {
@@ -150,7 +145,7 @@ def random_weights(config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def fused(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with `qkv_proj` and `gate_and_up_proj`, as the family's other checkpoints have it."""
+    """The same with `qkv_proj` and `gate_and_up_proj`, the family's other layout."""
     kv_heads, dim = config["num_key_value_heads"], config["attention_head_dim"]
     made = dict(weights)
     for name in weights:
