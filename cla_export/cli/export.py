@@ -55,5 +55,5 @@ def export(
         "without sharing",
         highlight=False,
     )
-    for reason in bundle.attention_choices():
+    for reason in (*bundle.attention_choices(), *bundle.expert_choices()):
         console.print(f"  {reason}", highlight=False)

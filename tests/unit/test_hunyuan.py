@@ -1,19 +1,26 @@
 """Hunyuan with cross-layer attention against its formulas written out, dense and with experts."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cla_export.compare.gate import compare_bundle
+from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.engines.torch import TorchExecutor
+from cla_export.errors import BadInput, LayoutError
 from cla_export.exporter import export
+from cla_export.models import family_of
 from cla_export.models.checkpoint import load_model, open_checkpoint
+from cla_export.rewrite import rewrite
+from cla_export.trace import trace
 
 VOCAB, POSITIONS = 61, 64
 DENSE: dict[str, Any] = {
@@ -270,3 +277,115 @@ def test_16_bits(tmp_path: Path) -> None:
     made = export(save(tmp_path / "m", VARIANTS["dense, factor 2"]), tmp_path / "b", dtype="fp16")
     report = compare_bundle(made)
     assert report.passed, (report.faults, report.divergence)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_one_cache_a_group_whatever_the_norms_of_keys(normed: bool) -> None:
+    """Each layer's weight moves onto its query; a layer that is alone keeps its own norm."""
+    config = {**DENSE, "use_qk_norm": normed}
+    family = family_of(config)
+    spec = family.read_spec(config)
+    made = rewrite(trace(family, spec, torch.float32), spec.layout)
+    (report,) = (report for report in made.reports if report.name == "hoist_key_scale")
+    assert report.fired == (2 if normed else 0)
+    assert made.layout.kv_owner == (0, 0, 2)
+    scatters = [node for node in made.model.graph if node.op_type == "TensorScatter"]
+    assert len(scatters) == 2 * 2
+
+
+def test_experts_where_no_operator_takes_them(tmp_path: Path) -> None:
+    """All are computed in the portable graph and in 16 bits, and the bundle says so."""
+    config = VARIANTS["experts, factor 3, no shared one"]
+    folder = save(tmp_path / "m", config)
+    plain = export(folder, tmp_path / "plain", target="portable")
+    assert "MoE" not in {node.op_type for node in ir.load(plain.graph).graph}
+    assert plain.expert_choices() == [
+        "experts: MatMul (computes all 5 and weighs them, where a token goes through 2: portable "
+        "has no operator for less)"
+    ]
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 20).tolist()
+    expected = by_the_book(config, random_weights(config), torch.tensor(tokens))
+    executor = OnnxRuntimeExecutor(plain, capacity=32, slots=2, threads=1)
+    made = [executor.prefill(1, tokens[:12], 0, keep=12)]
+    made += [executor.decode([1], [t], [i]) for i, t in enumerate(tokens[12:], 12)]
+    assert np.abs(np.concatenate(made) - expected).max() < 2e-5 * np.abs(expected).max()
+    halved = export(folder, tmp_path / "halved", dtype="fp16")
+    assert "MoE takes SwiGLU in float32" in halved.expert_choices()[0]
+
+
+@pytest.mark.parametrize("kind", ["hunyuan_v1_dense", "hunyuan_v1_moe"])
+def test_types_that_transformers_has_too(tmp_path: Path, kind: str) -> None:
+    """With `use_cla` they are of this family, which a factor of one shows; else transformers'."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind,
+        **{k: v for k, v in DENSE.items() if k not in ("model_type", "rope_scaling", "use_cla")},
+        head_dim=16,
+        rope_parameters={"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4},
+        use_cla=False,
+        use_mixed_mlp_moe=True,
+        **({"num_experts": 4, "moe_topk": 2} if kind.endswith("moe") else {}),
+    )
+    own = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in own.parameters():
+            noise = torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5
+            parameter.copy_(noise if parameter.ndim > 1 else 1 + noise)
+        ids, positions = torch.arange(17)[None] * 7 % VOCAB, torch.arange(17)[None]
+        expected = own(ids, use_cache=False).logits
+    own.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for use_cla, module in ((False, "HuggingFaceDecoder"), (True, "HunyuanDecoder")):
+        changed = {**saved, "use_cla": use_cla, "cla_share_factor": 1 if use_cla else 2}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        model = load_model(open_checkpoint(tmp_path))
+        assert type(model).__name__ == module
+        assert model.spec.layout.num_groups == 3
+        with torch.inference_mode():
+            assert (model(ids, positions) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"norm_type": "fused"}, "must be absent or 'rms' or 'hf_rms'"),
+        ({"use_mla": True}, "use_mla is True"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' and an alpha"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "angles depend on the position"),
+        ({"moe_topk": [1, 2]}, "moe_topk has 2 entries; expected one for each of the 3 layers"),
+        ({"moe_topk": 6}, "moe_topk is 6 in layer 0, which has 5 experts"),
+        ({"num_experts": "5"}, "expected whole numbers"),
+        ({"mlp_bias": True}, "experts have no biases"),
+        ({"attention_head_dim": 15}, "head_dim is 15"),
+        ({"cla_share_factor": None}, "no cla_share_factor"),
+        ({"num_key_value_heads": 4}, "6 query heads cannot share 4 kv heads"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_configs_that_are_refused(change: dict[str, Any], message: str) -> None:
+    config = {**MIXTURE, **change}
+    with pytest.raises((BadInput, LayoutError), match=message):
+        family_of(config).read_spec(config)
+
+
+@pytest.mark.parametrize(
+    ("one_by_one", "missing", "said"),
+    [
+        (True, "layers.1.mlp.experts.3.up_proj", "layers.1.mlp.experts.3.up_proj"),
+        (True, "layers.2.self_attn.key_layernorm", "layers.2.self_attn.key_layernorm"),
+        (True, "layers.2.self_attn.v_proj", "layers.2.self_attn.v_proj"),
+        (False, "layers.0.self_attn.qkv_proj", "layers.0.self_attn.q_proj"),
+        (False, "layers.2.mlp.experts.0.gate_and_up_proj", "experts.0.gate_and_up_proj"),
+    ],
+)
+def test_a_missing_weight_is_named(
+    tmp_path: Path, one_by_one: bool, missing: str, said: str
+) -> None:
+    folder = save(tmp_path / "m", MIXTURE, one_by_one=one_by_one)
+    weights = load_file(folder / "model.safetensors")
+    del weights[f"model.{missing}.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(BadInput, match=rf"{re.escape(said)}\.weight is missing"):
+        open_checkpoint(folder)
