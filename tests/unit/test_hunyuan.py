@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cla_export.compare.gate import compare_bundle
+from cla_export.compare.reference import Reference
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.engines.torch import TorchExecutor
 from cla_export.errors import BadInput, LayoutError
@@ -389,3 +390,14 @@ def test_a_missing_weight_is_named(
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(BadInput, match=rf"{re.escape(said)}\.weight is missing"):
         open_checkpoint(folder)
+
+
+def test_a_large_model_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widened one module at a time, experts and the router among them, it is as exact."""
+    config = VARIANTS["experts, factor 2, lists by layer"]
+    model = load_model(open_checkpoint(save(tmp_path / "m", config)))
+    expected = by_the_book(config, random_weights(config), torch.arange(17))
+    monkeypatch.setattr("cla_export.compare.reference._SMALL", 0)
+    made = Reference.of(model, None, None).exact.logits(np.arange(17))
+    assert np.abs(made - expected).max() < 1e-6 * np.abs(expected).max()  # angles are float32
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
