@@ -7,10 +7,6 @@ what a cache holds, and each layer's weight moves onto its query (`rewrite/hoist
 
 A router's scores are in float32; of `moe_topk` chosen experts, if more than one, the weights are
 made to sum to one. No token is ever dropped for an expert's capacity, which belongs to training.
-
-Weights are read in both of the family's layouts: `q_proj`, `k_proj`, `v_proj`, `gate_proj` and
-`up_proj` one by one, or `qkv_proj` (for each kv head its queries, its key, its value) and
-`gate_and_up_proj` (up first).
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,7 +23,8 @@ from cla_export.layout import KVLayout, layout_from_config
 from cla_export.models.cla import RMSNorm, rope_tables, rotate
 from cla_export.models.decoder import KV, Decoder, KVCache
 from cla_export.models.experts import Experts
-from cla_export.spec import ModelSpec, Rows
+from cla_export.models.hunyuan_weights import ways_to_store
+from cla_export.spec import ModelSpec
 
 _NOT_USED = ("kv_lora_rank", "q_lora_rank", "v_head_dim")  # without `use_mla`
 _ALLOWED: Mapping[str, tuple[object, ...]] = {  # None: absent
@@ -78,7 +75,9 @@ def read_spec(config: Mapping[str, object]) -> ModelSpec:
     return replace(
         spec,
         stored=stored,
-        assembled={n: ways for n, shape in stored.items() if (ways := _ways(n, shape, spec))},
+        assembled={
+            n: ways for n, shape in stored.items() if (ways := ways_to_store(n, shape, spec))
+        },
         routed={
             name: (_Mixture.chosen_in(config, int(name.split(".")[2])), shape[0])
             for name, shape in stored.items()
@@ -112,49 +111,6 @@ def _theta(config: Mapping[str, object], dim: int) -> float:
     raise BadInput(
         f"config.json: RoPE scaling is {dict(scaling)!r}; a Hunyuan model can be exported with "
         "none, or with type 'dynamic' and an alpha, whose angles depend on the position alone"
-    )
-
-
-def _ways(name: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[tuple[Rows, ...], ...]:
-    """The ways in which a checkpoint may hold a parameter, where there are several."""
-    module, _, kind = name.rpartition(".")  # kind is weight or bias
-    path, _, part = module.rpartition(".")
-    if kind in ("gate_up_proj", "down_proj"):  # of experts
-        return _ways_of_experts(module, kind, shape)
-    own = (Rows(name, shape),)
-    if part in ("gate_proj", "up_proj"):
-        whole, half = (2 * shape[0], *shape[1:]), shape[0]
-        start = half if part == "gate_proj" else 0
-        return own, (Rows(f"{path}.gate_and_up_proj.{kind}", whole, start, start + half),)
-    if part not in ("q_proj", "k_proj", "v_proj"):
-        return ()
-    layer = int(name.split(".")[2])
-    if not spec.layout.is_owner(layer):
-        return ()
-    dim, kv_heads = spec.layout.head_dim[layer], spec.layout.kv_heads[layer]
-    queries = spec.q_heads // kv_heads
-    start, heads = {"q_proj": (0, queries), "k_proj": (queries, 1), "v_proj": (queries + 1, 1)}[
-        part
-    ]
-    whole, stored = ((spec.q_heads + 2 * kv_heads) * dim, *shape[1:]), f"{path}.qkv_proj.{kind}"
-    firsts = [(kv_head * (queries + 2) + start) * dim for kv_head in range(kv_heads)]
-    return own, tuple(Rows(stored, whole, first, first + heads * dim) for first in firsts)
-
-
-def _ways_of_experts(path: str, kind: str, shape: tuple[int, ...]) -> tuple[tuple[Rows, ...], ...]:
-    """Experts are stored one by one: `mlp.experts.{n}.gate_proj.weight`."""
-    count, rows, columns = shape
-    experts = [f"{path}.{expert}" for expert in range(count)]
-    if kind == "down_proj":
-        return (tuple(Rows(f"{at}.down_proj.weight", (rows, columns)) for at in experts),)
-    half = (rows // 2, columns)
-    return (
-        tuple(Rows(f"{at}.{p}_proj.weight", half) for at in experts for p in ("gate", "up")),
-        tuple(
-            Rows(f"{at}.gate_and_up_proj.weight", (rows, columns), start, start + rows // 2)
-            for at in experts
-            for start in (rows // 2, 0)
-        ),
     )
 
 

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cla_export.bundle import Bundle
 from cla_export.compare.gate import compare_bundle
+from cla_export.compare.reading import read_bundle
 from cla_export.compare.reference import Reference
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.engines.torch import TorchExecutor
@@ -272,6 +274,25 @@ def test_parity(tmp_path: Path, variant: str) -> None:
     report = compare_bundle(bundle)
     failed = [(r.case, r.output, r.max_error, r.tolerance) for r in report.tensors if not r.passed]
     assert report.passed, (report.faults, failed, report.divergence)
+    if "experts" in variant:
+        check_that_a_wrong_expert_is_seen(bundle)
+
+
+def check_that_a_wrong_expert_is_seen(bundle: Bundle) -> None:
+    """One value of one expert: no text need go through it."""
+    model = load_model(open_checkpoint(bundle.source))
+    assert not read_bundle(bundle, model).faults
+    graph = ir.load(bundle.graph)
+    name = "model.layers.2.mlp.experts.gate_up_proj.interleaved"
+    held = graph.graph.initializers[name]
+    assert held.const_value is not None
+    values = held.const_value.numpy().copy()
+    values[3, 1, 0] += 0.01
+    held.const_value = ir.tensor(values, name=name)
+    ir.save(graph, bundle.graph)
+    assert f"{name}: 1 of {values.size} values are not the model's" in (
+        read_bundle(bundle, model).faults
+    )
 
 
 def test_16_bits(tmp_path: Path) -> None:
