@@ -1,6 +1,7 @@
 """The bundle: a flat folder that holds everything needed to run an exported model.
 
     model.onnx  model.onnx.data       the graph and its weights
+    *.safetensors                     the checkpoint's own files, linked, where weights are as there
     model.cpu.onnx                    a graph for CPUs over the same weights (onnxruntime, float32)
     model.cuda.onnx                   one for NVIDIA GPUs (onnxruntime, float16 and bfloat16)
     model.cuda.plugin.onnx            the same with our own operators
@@ -18,9 +19,11 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import cast
 
 from cla_export.errors import BundleError, LayoutError
@@ -94,6 +97,11 @@ class Bundle:
     def source(self) -> Path:
         """The model folder it was exported from; it may have moved since."""
         return Path(cast("dict[str, str]", self.manifest["source"])["folder"])
+
+    @property
+    def linked(self) -> list[str]:
+        """Files of weights that are the model folder's own, taken in without a copy."""
+        return cast("list[str]", self.manifest.get("linked", []))
 
     @property
     def graph(self) -> Path:
@@ -185,11 +193,7 @@ def new_folder(
         )
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(dest.parent).free
-        if free < needed_bytes:
-            raise BundleError(
-                f"{dest.parent}: the bundle needs {needed_bytes:,} bytes, {free:,} are free"
-            )
+        require_space(dest.parent, needed_bytes)
         partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}.partial-", dir=dest.parent))
     except OSError as error:
         raise BundleError(f"{dest}: cannot be written ({error.strerror or error})") from error
@@ -206,6 +210,13 @@ def new_folder(
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raise BundleError if the disk that a folder is on cannot hold so many more bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise BundleError(f"{folder}: the bundle needs {needed_bytes:,} bytes, {free:,} are free")
 
 
 def _replaceable(dest: Path, manifest: str) -> bool:
@@ -228,12 +239,18 @@ def _swap(partial: Path, dest: Path) -> None:
         shutil.rmtree(retired, ignore_errors=True)
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, object], progress: Progress) -> None:
-    """Hash every file in the folder and write bundle.json, last."""
+def write_manifest(
+    folder: Path,
+    manifest: Mapping[str, object],
+    progress: Progress,
+    known: Mapping[str, str] | None = None,
+) -> None:
+    """Hash every file in the folder, but for those whose sha256 is known; write bundle.json."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path, progress)}
+        digest = (known or {}).get(name) or sha256(path, progress)
+        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
     write_json(folder / MANIFEST, {"schema": SCHEMA, **manifest, "files": files})
 
 
@@ -241,16 +258,29 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sha256(path: Path, progress: Progress | None = None) -> str:
+def sha256(path: Path, progress: Progress | None = None, stop: Event | None = None) -> str:
+    """Of a file's bytes; once `stop` is set, of those read so far."""
     digest = hashlib.sha256()
     size, done = path.stat().st_size, 0
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
+        while (block := file.read(1 << 22)) and not (stop and stop.is_set()):
             digest.update(block)
             done += len(block)
             if progress is not None:
                 progress(f"sha256 {path.name}", done, size)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def background_digests(paths: Iterable[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
+    """Hash files while the block goes on; what is yielded waits for it, and returns sha256s."""
+    stop = Event()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: {path: sha256(path, stop=stop) for path in paths})
+        try:
+            yield running.result
+        finally:
+            stop.set()
 
 
 def is_bundle(folder: Path) -> bool:

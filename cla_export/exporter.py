@@ -1,6 +1,7 @@
 """export: a model folder becomes a bundle. Trace, rewrite, lower, write, hash, rename."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,9 +17,10 @@ from cla_export.bundle import (
     WEIGHTS,
     Bundle,
     Progress,
+    background_digests,
     new_folder,
     open_bundle,
-    sha256,
+    require_space,
     write_json,
     write_manifest,
 )
@@ -42,7 +44,6 @@ _ATTENTION_KEYS = {  # of each group
     CUDA_GRAPH: "cuda_attention",
     CUDA_PLUGIN_GRAPH: "cuda_plugin_attention",
 }
-_SMALL = 1024  # bytes; smaller constants stay inside model.onnx
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 
@@ -58,6 +59,7 @@ def export(
     dtype: str = "fp32",
     quantize: str | None = None,
     attention: str | None = None,
+    weights: str = "auto",
     force: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
@@ -74,6 +76,9 @@ def export(
             `onnxruntime` only.
         attention: of the TensorRT targets: `native`, `plugin`, or `auto` (None), which takes the
             plugin where TensorRT has no kernel of its own.
+        weights: `link`: take the checkpoint's files in without copying a byte, where they have
+            this dtype; `copy`: write weights anew; `auto`: link 1 GiB and more, where the file
+            system can. See `linked_weights`.
         force: replace an existing bundle.
         progress: called with (what, done, of) as work goes on.
 
@@ -83,22 +88,18 @@ def export(
     """
     import torch
 
-    from cla_export import weights
+    from cla_export.linked_weights import linkable, take_in
     from cla_export.lower import lower
     from cla_export.lower.quantize_weights import quantize_weights
     from cla_export.models import family_of
     from cla_export.rewrite import rewrite
     from cla_export.trace import trace
+    from cla_export.weights import attach
 
     check_target(target)
     if dtype not in DTYPES:
         raise BadInput(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    quantization = None if quantize is None else Quantization.named(quantize)
-    if quantization is not None and target != "onnxruntime":
-        raise BadInput(
-            f"quantize is {quantize!r} for target {target!r}; only `onnxruntime` has an operator "
-            "for quantised weights"
-        )
+    quantization = _quantization(quantize, target, weights)
     options = _lowering_options(target, attention)
     source, dest = Path(source), Path(dest)
     steps = 5
@@ -106,8 +107,15 @@ def export(
     checkpoint = open_checkpoint(source)
     spec = checkpoint.spec
     torch_dtype: torch.dtype = getattr(torch, DTYPES[dtype])
-    needed = spec.parameters() * torch_dtype.itemsize
-    with new_folder(dest, force=force, needed_bytes=needed) as folder:
+    files = linkable(checkpoint, DTYPES[dtype], "copy" if quantization else weights)
+    all_bytes = spec.parameters() * torch_dtype.itemsize
+    with (
+        new_folder(dest, force=force, needed_bytes=0 if files else all_bytes) as folder,
+        background_digests(checkpoint_files(checkpoint)) as digests,
+    ):
+        taken_in = take_in(files, folder, required=weights == "link")
+        if len(taken_in) < len(files):
+            require_space(folder.parent, all_bytes)
         family = family_of(checkpoint.config)
         progress("trace", 1, steps)
         stateless = trace(family, spec, torch_dtype)
@@ -120,15 +128,38 @@ def export(
             for made in (lowered, *companions.values()):
                 quantize_weights(made.model, quantization)
         progress("write", 4, steps)
-        weights.attach(lowered.model, checkpoint, family.constants(spec), quantization)
+        constants = family.constants(spec)
+        attach(lowered.model, checkpoint, constants, quantization, taken_in, folder)
         _write_graph(lowered.model, folder, progress)
         for name, made in companions.items():
             _write_companion(made.model, folder, name)
         _copy_files(checkpoint, folder, target)
-        manifest = _manifest(checkpoint, lowered, companions, DTYPES[dtype], quantization)
-        write_manifest(folder, manifest, progress)
+        found = digests()
+        manifest = _manifest(checkpoint, lowered, companions, DTYPES[dtype], quantization, found)
+        manifest |= {"linked": sorted(taken_in.values())} if taken_in else {}
+        known = {name: found[path] for path, name in taken_in.items()}
+        write_manifest(folder, manifest, progress, known)
         progress("write", 5, steps)
     return open_bundle(dest, verify=False)
+
+
+def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
+    """config.json and the files that its weights are in."""
+    weight_files = sorted({p.path for entry in checkpoint.tensors.values() for p in entry.places})
+    return [checkpoint.folder / "config.json", *weight_files]
+
+
+def _quantization(quantize: str | None, target: str, weights: str) -> Quantization | None:
+    if quantize is None:
+        return None
+    if target != "onnxruntime":
+        raise BadInput(
+            f"quantize is {quantize!r} for target {target!r}; only `onnxruntime` has an operator "
+            "for quantised weights"
+        )
+    if weights == "link":
+        raise BadInput(f"weights is 'link' and quantize {quantize!r}; such weights are packed anew")
+    return Quantization.named(quantize)
 
 
 def _lowering_options(target: str, attention: str | None) -> dict[str, str]:
@@ -145,19 +176,27 @@ def _lowering_options(target: str, attention: str | None) -> dict[str, str]:
 
 
 def _write_graph(model: "ir.Model", folder: Path, progress: Progress) -> None:
+    """Write the graph, and those of its weights that no file of the folder holds already."""
     import onnx_ir as ir
+
+    from cla_export.weights import SMALL
 
     def tensor_written(_tensor: object, info: ir.external_data.CallbackInfo) -> None:
         progress("weights", info.index + 1, info.total)
 
-    ir.save(
-        model,
-        folder / GRAPH,
-        external_data=WEIGHTS,
-        size_threshold_bytes=_SMALL,
-        callback=tensor_written,
-        max_workers=1,
-    )
+    values = [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+        and not isinstance(value.const_value, ir.ExternalTensor)
+        and value.const_value.nbytes > SMALL
+    ]
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    write = ir.external_data.convert_tensors_to_external
+    written = write(tensors, folder, WEIGHTS, callback=tensor_written, max_workers=1)
+    for value, tensor in zip(values, written, strict=True):
+        value.const_value = tensor
+    ir.save(model, folder / GRAPH)
 
 
 def _companions(
@@ -217,11 +256,10 @@ def _manifest(
     companions: "dict[str, Lowered]",
     dtype: str,
     quantization: Quantization | None,
+    digests: Mapping[Path, str],
 ) -> dict[str, object]:
     spec = checkpoint.spec
     graph = lowered.model.graph
-    weight_files = sorted({p.path for entry in checkpoint.tensors.values() for p in entry.places})
-    hashed = [checkpoint.folder / "config.json", *weight_files]
     return {
         "cla_export": __version__,
         "target": lowered.target,
@@ -251,7 +289,7 @@ def _manifest(
         "limits": {"max_positions": spec.max_positions, "vocab_size": spec.vocab_size},
         "source": {
             "folder": str(checkpoint.folder.absolute()),
-            "sha256": {path.name: sha256(path) for path in hashed},
+            "sha256": {path.name: digest for path, digest in digests.items()},
         },
         "tools": {name: found for name in _TOOLS if (found := _version(name))},
     }

@@ -1,10 +1,12 @@
 """Give a graph's initialisers their values, straight from the checkpoint's files.
 
-Each value is read when it is written out, one tensor at a time, so nothing is held in memory.
+A value that a file of the bundle holds already is pointed at; any other is read when it is written
+out, one tensor at a time, so nothing is held in memory.
 """
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -13,10 +15,12 @@ import torch
 
 from cla_export.errors import GraphError
 from cla_export.interleaving import INTERLEAVED, interleave
+from cla_export.linked_weights import pointer
 from cla_export.models.checkpoint import Checkpoint
 from cla_export.models.safetensors_index import TensorEntry
 from cla_export.quantization import PACKED, WEIGHT, Quantization
 
+SMALL = 1024  # bytes; smaller tensors stay inside the graph
 STORED = {  # safetensors name -> (numpy dtype, ONNX dtype)
     "F32": (np.dtype(np.float32), ir.DataType.FLOAT),
     "F16": (np.dtype(np.float16), ir.DataType.FLOAT16),
@@ -29,11 +33,13 @@ def attach(
     checkpoint: Checkpoint,
     constants: Mapping[str, torch.Tensor],
     quantization: Quantization | None = None,
+    taken_in: Mapping[Path, str] | None = None,
+    folder: Path = Path(),
 ) -> None:
     """Point every initialiser without a value at the checkpoint or at a named constant.
 
     A tensor whose stored dtype differs from the graph's is converted as it is read, and so is one
-    that is to be quantised.
+    that is to be quantised. `taken_in` names the checkpoint's files that `folder` has as well.
     """
 
     @lru_cache(maxsize=1)  # packed and scales follow each other
@@ -54,7 +60,7 @@ def attach(
         if name in constants:
             value.const_value = ir.tensor(constants[name].numpy(), name=name)
         elif name in checkpoint.tensors:
-            value.const_value = _lazy(checkpoint.tensors[name], value)
+            value.const_value = _stored(checkpoint.tensors[name], value, taken_in or {}, folder)
         else:
             raise GraphError(
                 f"initialiser {name} is neither a weight of {checkpoint.folder} nor a constant of "
@@ -71,6 +77,17 @@ def _read(entry: TensorEntry) -> np.ndarray:
     if not entry.parts:
         return pieces[0]
     return np.concatenate([piece.reshape(-1) for piece in pieces]).reshape(entry.shape)
+
+
+def _stored(
+    entry: TensorEntry, value: ir.Value, taken_in: Mapping[Path, str], folder: Path
+) -> ir.TensorProtocol:
+    """Where it lies, if that is in one place and as it is wanted."""
+    _, dtype = STORED[entry.dtype]
+    in_one = entry.path in taken_in and not entry.parts
+    if in_one and dtype == value.dtype and entry.nbytes > SMALL:
+        return pointer(entry, taken_in[entry.path], folder, dtype)
+    return _lazy(entry, value)
 
 
 def _lazy(

@@ -8,9 +8,7 @@ are built, not run.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from datetime import date
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import torch
 from random_model import make_model
+from timed_command import cla_export
 
 from cla_export.environment import processor
 from cla_export.layout import uniform
@@ -33,13 +32,6 @@ CONFIG = {  # a 1.1 B Llama's widths
     "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
 }
-SECONDS_AND_BYTES = (  # runs the command line, then prints what it took
-    "import json, resource, subprocess, sys, time; start = time.monotonic();"
-    "done = subprocess.run([sys.executable, '-m', 'cla_export.cli', *sys.argv[1:]],"
-    " stdout=subprocess.PIPE, text=True); used = resource.getrusage(resource.RUSAGE_CHILDREN);"
-    "print(json.dumps([done.returncode, time.monotonic() - start, used.ru_maxrss * 1024,"
-    " done.stdout]))"
-)
 
 
 def main() -> int:
@@ -64,25 +56,16 @@ def main() -> int:
         for attention in ("native", "plugin"):
             bundle = folder / attention
             target = ["--target", "tensorrt-rtx", "--dtype", "fp16", "--attention", attention]
-            seconds, peak, _ = step("export", str(source), str(bundle), *target, "--force")
-            row(f"export, {attention}", seconds, peak, (bundle / "model.onnx.data").stat().st_size)
+            seconds, peak, _ = cla_export("export", str(source), str(bundle), *target, "--force")
+            written = sum(path.stat().st_size for path in bundle.iterdir())
+            row(f"export, {attention}", seconds, peak, written)
             limits = ["--capacity", str(options.capacity), "--compute-capability"]
-            seconds, peak, found = step(
+            seconds, peak, found = cla_export(
                 "build", str(bundle), *limits, options.compute_capability, "--force"
             )
             row(f"build, {attention}", seconds, max(peak, found["peak_bytes"]),
                 found["engine"]["bytes"])  # fmt: skip
     return 0
-
-
-def step(*arguments: str) -> tuple[float, int, dict]:
-    """Seconds, peak bytes and JSON of one command."""
-    command = [sys.executable, "-c", SECONDS_AND_BYTES, *arguments, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    code, seconds, peak, printed = json.loads(done.stdout)
-    if code:
-        raise SystemExit(code)
-    return seconds, peak, json.loads(printed)
 
 
 def row(what: str, seconds: float, peak: int, result: int) -> None:

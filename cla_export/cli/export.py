@@ -7,7 +7,16 @@ import typer
 
 import cla_export
 from cla_export.cli.app import app
-from cla_export.cli.options import AsJson, AttentionChoice, DType, Force, Quantize, Source, Target
+from cla_export.cli.options import (
+    AsJson,
+    AttentionChoice,
+    DType,
+    Force,
+    Quantize,
+    Source,
+    Target,
+    WeightsChoice,
+)
 from cla_export.cli.terminal import console_for, progress_bar, show
 
 
@@ -26,6 +35,12 @@ def export(
         AttentionChoice | None,
         typer.Option(help="TensorRT targets: its own kernels, or the fused plugin."),
     ] = None,
+    weights: Annotated[
+        WeightsChoice,
+        typer.Option(
+            help="Link the model folder's files, or copy them; auto: link 1 GiB and more."
+        ),
+    ] = WeightsChoice.auto,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -38,6 +53,7 @@ def export(
             dtype=dtype.value,
             quantize=None if quantize is None else quantize.value,
             attention=None if attention is None else attention.value,
+            weights=weights.value,
             force=force,
             progress=progress,
         )
@@ -55,5 +71,11 @@ def export(
         "without sharing",
         highlight=False,
     )
+    if linked := bundle.linked:
+        console.print(
+            f"  weights are the model folder's own: {', '.join(linked)}, taken in without a copy; "
+            "what reads them by the onnx package wants --weights copy",
+            highlight=False,
+        )
     for reason in (*bundle.attention_choices(), *bundle.expert_choices()):
         console.print(f"  {reason}", highlight=False)

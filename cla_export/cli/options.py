@@ -46,6 +46,14 @@ class Quantize(StrEnum):
     int8 = "int8"
 
 
+class WeightsChoice(StrEnum):
+    """Where a bundle has its weights from."""
+
+    auto = "auto"
+    link = "link"
+    copy = "copy"
+
+
 class ParityTarget(StrEnum):
     """What runs a bundle that is compared with PyTorch."""
 

@@ -15,7 +15,6 @@ holds what the bundle gave.
 
 import json
 import shlex
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from cla_export.compare.report import DebugFiles, ParityReport
 from cla_export.compare.runners import held_before
 from cla_export.compare.thresholds import Threshold
 from cla_export.errors import BadInput
+from cla_export.linked_weights import read_in_place
 from cla_export.rewrite.keep_last_logits import KEEP
 
 _SCRIPT = '''"""Each output may be off by this much; cla-export parity derived it for this call."""
@@ -159,10 +159,8 @@ def _write_graph(bundle: Bundle, folder: Path, keep: int) -> dict[Key, str]:
     for value in [value for value in graph.inputs if value.name == KEEP]:
         value.const_value = ir.tensor(np.array(keep, np.int64), name=KEEP)
         graph.inputs.remove(value)
-    ir.save(model, folder / "model.onnx")
-    weights = bundle.folder / WEIGHTS
-    if weights.is_file():  # a copy: readers of external data refuse links, as a safeguard
-        shutil.copyfile(weights, folder / WEIGHTS)
+    read_in_place(model, bundle.folder)  # and copied: readers of external data refuse links
+    ir.save(model, folder / "model.onnx", external_data=WEIGHTS)
     return names
 
 

@@ -21,6 +21,7 @@ from cla_export.bundle import Bundle
 from cla_export.errors import GraphError
 from cla_export.graph_reading import read_graph
 from cla_export.interleaving import INTERLEAVED, interleave
+from cla_export.linked_weights import read_in_place
 from cla_export.models.decoder import Decoder
 from cla_export.quantization import PACKED, SCALES, Quantization
 from cla_export.rewrite.keep_last_logits import ALL, KEEP
@@ -53,7 +54,7 @@ def read_bundle(bundle: Bundle, model: Decoder) -> Reading:
 def _read_graph(bundle: Bundle, path: Path, model: Decoder) -> Reading:
     reading = Reading(_sharing(bundle, path))
     try:
-        graph = ir.load(path).graph
+        graph = read_in_place(ir.load(path), bundle.folder).graph
     except Exception as error:  # protobuf's and onnx_ir's own
         reading.faults.append(f"{path.name} cannot be read: {error}")
         return reading

@@ -9,18 +9,46 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.optimizer import basic_constant_propagation, fold_constants
-from onnxscript.rewriter import rewrite as apply_library_rules
+from onnxscript.rewriter import rewrite as apply_rules
+from onnxscript.rewriter.rules import common as library
 
 from cla_export.rewrite.builder import named_constant
 from cla_export.rewrite.report import PassReport
 from cla_export.rewrite.values import ints, producer
+
+# Those of the library's default rules that a decoder's graph has work for. The one that makes a
+# Split of two Slices looks through the whole graph at each node; `split_rotation` needs none.
+RULES = (
+    library.add_0_rule,
+    library.sub_0_rule,
+    library.mul_by_1_rule,
+    library.div_by_1_rule,
+    library.dropout_zero_rule,
+    library.dropout_inference_rule,
+    library.two_reshapes_matmul_reshape_rule,
+    library.one_reshape_matmul_reshape_rule,
+    library.collapse_slice_rule,
+    library.collapse_slice2_rule,
+    library.materialize_reshape_shape_rule,
+    library.cast_cast_rule,
+    library.no_op_cast_rule,
+    library.no_op_expand_rule,
+    library.flatten_to_reshape_rule,
+    library.reshape_reshape_rule,
+    library.no_op_transpose_rule,
+    library.transpose_transpose_rule,
+    library.unsqueeze_unsqueeze_rule,
+    library.squeeze_reshape_1d_rule,
+    library.no_op_dynamic_scatter_nd_rule,
+    library.no_op_static_scatter_nd_rule,
+)
 
 
 def simplify(model: ir.Model) -> PassReport:
     report = PassReport("simplify")
     for _ in range(2):  # what one folds, the other's rules can match
         fold_constants(model, onnx_shape_inference=True)
-        apply_library_rules(model)
+        apply_rules(model, RULES)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     for node in list(model.graph):
         if node.op_type == "Reshape":

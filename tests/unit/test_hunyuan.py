@@ -422,3 +422,24 @@ def test_a_large_model_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     made = Reference.of(model, None, None).exact.logits(np.arange(17))
     assert np.abs(made - expected).max() < 1e-6 * np.abs(expected).max()  # angles are float32
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_weights_that_a_bundle_points_into(tmp_path: Path) -> None:
+    """Rows of a fused tensor are read where they lie, or joined; experts are joined, so copied."""
+    folder = save(tmp_path / "m", DENSE, one_by_one=False)
+    bundle = export(folder, tmp_path / "b", weights="link")
+    held = ir.load(bundle.graph).graph.initializers
+    lies = {
+        part: getattr(held[f"model.layers.0.{part}.weight"].const_value, "location", None)
+        for part in ("mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.o_proj")
+    }
+    linked, own = "model.safetensors", "model.onnx.data"
+    assert list(lies.values()) == [linked, linked, own, linked]
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 20).tolist()
+    expected = by_the_book(DENSE, random_weights(DENSE), torch.tensor(tokens))
+    made = OnnxRuntimeExecutor(bundle, capacity=32, slots=1, threads=1).prefill(
+        0, tokens, 0, keep=20
+    )
+    assert np.abs(made - expected).max() < 2e-5 * np.abs(expected).max()
+    with pytest.raises(BadInput, match="in pieces that a bundle has in one tensor, such as exp"):
+        export(save(tmp_path / "e", MIXTURE | {"num_experts": 40}), tmp_path / "c", weights="link")
