@@ -164,6 +164,11 @@ class Bundle:
                 found |= dict.fromkeys(ids if isinstance(ids, list) else [ids])
         return [token for token in found if isinstance(token, int)]
 
+    def expert_choices(self) -> list[str]:
+        """A line for the operator that experts ended up as, where there are any."""
+        found = cast("dict[str, str] | None", self.manifest.get("experts"))
+        return [] if found is None else [f"experts: {found['operator']} ({found['reason']})"]
+
     def attention_choices(self) -> list[str]:
         """A line for each operator that carries attention: which groups, and why."""
         groups = cast("list[dict[str, str]]", self.manifest.get("groups", []))

@@ -30,6 +30,7 @@ from cla_export.layout import KVLayout
 from cla_export.lower import check_target
 from cla_export.models.checkpoint import Checkpoint, open_checkpoint
 from cla_export.quantization import Quantization
+from cla_export.spec import ModelSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -146,7 +147,7 @@ def export(
 
 def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
     """config.json and the files that its weights are in."""
-    weight_files = sorted({entry.path for entry in checkpoint.tensors.values()})
+    weight_files = sorted({p.path for entry in checkpoint.tensors.values() for p in entry.places})
     return [checkpoint.folder / "config.json", *weight_files]
 
 
@@ -284,6 +285,7 @@ def _manifest(
             }
             for group in spec.layout.groups
         ],
+        "experts": _experts(spec, lowered),
         "inputs": [value.name for value in graph.inputs],
         "outputs": [value.name for value in graph.outputs],
         "limits": {"max_positions": spec.max_positions, "vocab_size": spec.vocab_size},
@@ -295,6 +297,20 @@ def _manifest(
         "notes": list(checkpoint.notes),
         "tools": {name: found for name in _TOOLS if (found := _version(name))},
     }
+
+
+def _experts(spec: ModelSpec, lowered: "Lowered") -> dict[str, str] | None:
+    """The operator that a mixture of experts ended up as, and why."""
+    if not spec.routed:
+        return None
+    if any(node.op_type == "MoE" for node in lowered.model.graph):
+        return {"operator": "MoE", "reason": "computes the chosen ones alone"}
+    chosen, count = max(spec.routed.values(), key=lambda pair: pair[1] / pair[0])
+    why = f"{lowered.target} has no operator for less"
+    if lowered.target == "onnxruntime":
+        why = "ONNX Runtime's MoE takes SwiGLU in float32 on a CPU"
+    all_of_them = f"computes all {count} and weighs them, where a token goes through {chosen}"
+    return {"operator": "MatMul", "reason": f"{all_of_them}: {why}"}
 
 
 def _version(package: str) -> str | None:

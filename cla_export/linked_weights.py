@@ -32,15 +32,22 @@ _CLONE = 0x40049409  # FICLONE of Linux: share the blocks of another file
 def linkable(checkpoint: Checkpoint, dtype: str, weights: str) -> list[Path]:
     """The checkpoint's files that a bundle of `dtype` should point into.
 
-    Those that it would read for the most part: not one that holds another dtype, or other models.
+    Those that it would read for the most part: not one that holds another dtype, or other models,
+    or experts one by one, which a graph has in one tensor.
     """
     if weights not in WEIGHTS:
         raise BadInput(f"weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
     read: dict[Path, int] = {}
     for entry in checkpoint.tensors.values():
-        same = entry.dtype == _SAFETENSORS[dtype]
+        same = entry.dtype == _SAFETENSORS[dtype] and not entry.parts
         read[entry.path] = read.get(entry.path, 0) + (entry.nbytes if same else 0)
     files = [] if weights == "copy" else [p for p, n in read.items() if 2 * n > p.stat().st_size]
+    if weights == "link" and not files and any(e.parts for e in checkpoint.tensors.values()):
+        raise BadInput(
+            f"{checkpoint.folder}: most of its weights are stored in pieces that a bundle has in "
+            "one tensor, such as experts, so they cannot be linked; let them be copied "
+            "(--weights auto)"
+        )
     if weights == "link" and not files:
         raise BadInput(
             f"{checkpoint.folder}: its weights are {checkpoint.dtype} for the most part and the "

@@ -8,6 +8,16 @@ from cla_export.layout import KVLayout
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of a tensor that a checkpoint stores, all of them unless `start` and `stop` say."""
+
+    name: str
+    shape: tuple[int, ...]  # of the tensor as it is stored
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """The dimensions of a decoder-only transformer whose layers may share KV.
 
@@ -17,7 +27,10 @@ class ModelSpec:
     A family whose names are not a Llama's gives them as `stored`; the fields that only shape a
     Llama are then left out, and `config` is what its module is built from. `renamed` says what a
     checkpoint may call a parameter in place of its own name; `part`, where it holds other models'
-    weights as well, how those of this one begin; `tied`, further names of a parameter.
+    weights as well, how those of this one begin; `tied`, further names of a parameter. `assembled`
+    says of a parameter that a checkpoint has in pieces which rows make it up, end to end, in each
+    of the ways that there are. `routed` says of the weights of experts how many of how many a token
+    goes through.
 
     Of a module of the user's own, `hidden_size` is the width of its embedding (0: not known), and
     `epsilons` are what its norms add, in place of `norm_eps`.
@@ -42,6 +55,10 @@ class ModelSpec:
     part: str = ""
     tied: Mapping[str, str] | None = field(default=None, hash=False, repr=False)
     epsilons: tuple[float, ...] = ()
+    assembled: Mapping[str, tuple[tuple[Rows, ...], ...]] | None = field(
+        default=None, hash=False, repr=False
+    )
+    routed: Mapping[str, tuple[int, int]] | None = field(default=None, hash=False, repr=False)
 
     @property
     def num_layers(self) -> int:
@@ -108,6 +125,8 @@ class ModelSpec:
         lookups = sum(math.prod(s) for name, s in self.weights().items() if "embed" in name)
         products = self.parameters(matrices_only=True) - lookups  # a lookup is no product ...
         products += self.vocab_size * self.hidden_size if self.tie_embeddings else 0  # but a head
+        for name, (chosen, count) in (self.routed or {}).items():
+            products -= math.prod(self.weights()[name]) // count * (count - chosen)
         core = 0
         for dim, window in zip(self.layout.head_dim, self.layout.window, strict=True):
             core += 2 * self.q_heads * dim * (context if window is None else min(context, window))

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from cla_export.errors import GraphError
+from cla_export.interleaving import INTERLEAVED, interleave
 from cla_export.linked_weights import pointer
 from cla_export.models.checkpoint import Checkpoint
 from cla_export.models.safetensors_index import TensorEntry
@@ -53,6 +54,9 @@ def attach(
         if (weight := value.metadata_props.get(WEIGHT)) is not None:
             value.const_value = _lazy_part(packed, weight, value)
             continue
+        if (weight := value.metadata_props.get(INTERLEAVED)) is not None:
+            value.const_value = _lazy(checkpoint.tensors[weight], value, interleave)
+            continue
         if name in constants:
             value.const_value = ir.tensor(constants[name].numpy(), name=name)
         elif name in checkpoint.tensors:
@@ -68,24 +72,37 @@ def attach(
 
 def _read(entry: TensorEntry) -> np.ndarray:
     stored, _ = STORED[entry.dtype]
-    return np.memmap(entry.path, stored, mode="r", offset=entry.offset, shape=entry.shape)
+    pieces = [
+        np.memmap(place.path, stored, mode="r", offset=place.offset, shape=place.shape)
+        for place in entry.places
+    ]
+    if not entry.parts:
+        return pieces[0]
+    return np.concatenate([piece.reshape(-1) for piece in pieces]).reshape(entry.shape)
 
 
 def _stored(
     entry: TensorEntry, value: ir.Value, taken_in: Mapping[Path, str], folder: Path
 ) -> ir.TensorProtocol:
+    """Where it lies, if that is in one place and as it is wanted."""
     _, dtype = STORED[entry.dtype]
-    if entry.path in taken_in and dtype == value.dtype and entry.nbytes > SMALL:
+    in_one = entry.path in taken_in and not entry.parts
+    if in_one and dtype == value.dtype and entry.nbytes > SMALL:
         return pointer(entry, taken_in[entry.path], folder, dtype)
     return _lazy(entry, value)
 
 
-def _lazy(entry: TensorEntry, value: ir.Value) -> ir.LazyTensor:
+def _lazy(
+    entry: TensorEntry,
+    value: ir.Value,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> ir.LazyTensor:
     wanted = value.dtype
     assert wanted is not None
 
     def read() -> ir.TensorProtocol:
         data = _read(entry).astype(wanted.numpy(), copy=False)
+        data = data if change is None else change(data)
         return ir.tensor(data, dtype=wanted, name=entry.name)
 
     return ir.LazyTensor(read, dtype=wanted, shape=ir.Shape(entry.shape), name=entry.name)

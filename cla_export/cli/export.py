@@ -81,5 +81,5 @@ def export(
             "what reads them by the onnx package wants --weights copy",
             highlight=False,
         )
-    for line in (*bundle.attention_choices(), *bundle.notes):
+    for line in (*bundle.attention_choices(), *bundle.expert_choices(), *bundle.notes):
         console.print(f"  {escape(line)}", highlight=False)

@@ -20,6 +20,7 @@ from torch import nn
 from cla_export.bundle import Bundle
 from cla_export.errors import GraphError
 from cla_export.graph_reading import read_graph
+from cla_export.interleaving import INTERLEAVED, interleave
 from cla_export.linked_weights import read_in_place
 from cla_export.models.decoder import Decoder
 from cla_export.quantization import PACKED, SCALES, Quantization
@@ -67,6 +68,13 @@ def _read_graph(bundle: Bundle, path: Path, model: Decoder) -> Reading:
     for name, value in initializers.items():
         if name.endswith(PACKED):
             _read_quantized(name.removesuffix(PACKED), initializers, expected, bundle, reading)
+        elif name.endswith(INTERLEAVED) and value.const_value is not None:
+            weight = expected.get(name.removesuffix(INTERLEAVED))
+            if weight is None:
+                reading.faults.append(f"{name} is in the graph, but the model has no such weight")
+            else:
+                whole = torch.from_numpy(interleave(weight.numpy()))
+                _read_exact(name, value.const_value.numpy(), whole, reading)
         elif name in expected and value.const_value is not None:
             _read_exact(name, value.const_value.numpy(), expected[name], reading)
     return reading

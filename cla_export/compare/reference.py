@@ -120,7 +120,7 @@ def _in_float64(model: Decoder) -> Iterator[None]:
     def widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.double()
-        return tuple(x.double() for x in inputs)
+        return tuple(x.double() if x.is_floating_point() else x for x in inputs)
 
     def narrow(module: nn.Module, _inputs: object, _output: object) -> None:
         for parameter in module.parameters(recurse=False):

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from cla_export.layout import Group, KVLayout
 from cla_export.lower.cla_attention import moved
+from cla_export.lower.fuse_experts import fuse_experts
 from cla_export.lower.fuse_rounded_rotary import fuse_rounded_rotary
 from cla_export.lower.pack_heads import packed, replace_unpacked
 from cla_export.rewrite.builder import Builder
@@ -31,6 +32,7 @@ HELD = "lengths/kv_lengths"  # the node that counts each row's tokens
 
 def lower(model: ir.Model, layout: KVLayout) -> list[tuple[str, str]]:
     fuse_rounded_rotary(model)
+    fuse_experts(model)
     graph = model.graph
     mask = _lengths_from_mask(graph)
     attentions = attention_nodes(graph)

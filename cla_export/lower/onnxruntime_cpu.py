@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from cla_export.layout import Group, KVLayout
 from cla_export.lower import cla_attention
+from cla_export.lower.fuse_experts import fuse_experts
 from cla_export.lower.pack_heads import packed, replace_unpacked
 from cla_export.plugin.contract import DOMAIN, MAX_HEAD_DIM
 from cla_export.rewrite.builder import Builder
@@ -28,6 +29,7 @@ MIN_HEAD_DIM = 16  # floats of the widest vector that the operator may be compil
 
 
 def lower(model: ir.Model, layout: KVLayout) -> list[tuple[str, str]]:
+    fuse_experts(model)
     graph = model.graph
     attentions = attention_nodes(graph)
     choices = [_choose(group, attentions[group.owner]) for group in layout.groups]

@@ -100,17 +100,32 @@ def _counts(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
 def _lengths_from_inputs(graph: ir.Graph) -> None:  # case 1
     """Let whoever reads write_indices + S read kv_lengths."""
     inputs = {value.name: value for value in graph.inputs}
-    length = next(node.outputs[0] for node in graph if node.name == "lengths/Shape")
+    length = _length(graph)
     for user in list(length.consumers()):
         if user.op_type == "Add" and inputs["write_indices"] in user.inputs:
             user.outputs[0].replace_all_uses_with(inputs["kv_lengths"])
+
+
+def _length(graph: ir.Graph) -> ir.Value:
+    """How many tokens a row of the call has, S [1]: the second axis of input_ids.
+
+    Its name says who was the first to read it, which may be a layer.
+    """
+    (ids,) = (value for value in graph.inputs if value.name == "input_ids")
+    return next(
+        node.outputs[0]
+        for node, _ in ids.uses()
+        if node.op_type == "Shape"
+        and node.attributes.get_int("start", 0) == 1
+        and node.attributes.get_int("end", 0) == 2
+    )
 
 
 def _slice_last_tokens(graph: ir.Graph) -> None:  # case 2
     """GatherND of each row's last tokens, all of them valid, becomes Slice."""
     nodes = {node.name: node for node in graph}
     gather, count = nodes["head/GatherND"], nodes["head/Min"].outputs[0]
-    length = nodes["lengths/Shape"].outputs[0]  # [S]
+    length = _length(graph)
     source, old = gather.inputs[0], gather.outputs[0]
     assert old.shape is not None
     build = Builder(graph)

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 FAMILIES: Mapping[str, str] = {  # config's model_type -> module
     "cla": "cla_export.models.cla",
     "gpt_crosslayer": "cla_export.models.gpt_crosslayer",
+    "hunyuan": "cla_export.models.hunyuan",
+}
+# Types that transformers has too, but without `use_cla`, which it passes over.
+SHARING: Mapping[str, str] = {
+    "hunyuan_v1_dense": "cla_export.models.hunyuan",
+    "hunyuan_v1_moe": "cla_export.models.hunyuan",
 }
 
 
@@ -44,8 +50,9 @@ def family_of(config: Mapping[str, object]) -> Family:
         BadInput: no family has that type; close ones are named.
     """
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return cast("Family", import_module(FAMILIES[model_type]))
+    own = {**FAMILIES, **SHARING} if config.get("use_cla") else FAMILIES
+    if isinstance(model_type, str) and model_type in own:
+        return cast("Family", import_module(own[model_type]))
     known = _known_to_transformers()
     if isinstance(model_type, str) and model_type in known:
         return cast("Family", import_module("cla_export.models.hugging_face"))

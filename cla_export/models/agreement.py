@@ -29,21 +29,31 @@ _MASK = re.compile(r"attn\.bias$")  # of GPT-2's age: [1, 1, T, T]
 
 
 @dataclass(frozen=True, slots=True)
-class _Problem:
+class Problem:
+    """What is wrong with one tensor, and what to do."""
+
     what: str  # with {} in place of the tensor's name
     name: str
     advice: str
 
 
-def check_weights(folder: Path, spec: ModelSpec, tensors: Mapping[str, TensorEntry]) -> list[str]:
+def check_weights(
+    folder: Path,
+    spec: ModelSpec,
+    tensors: Mapping[str, TensorEntry],
+    in_pieces: Mapping[str, list[Problem]],
+) -> list[str]:
     """Compare stored tensors with the weights that a spec names; what is fine but worth saying.
+
+    `in_pieces` is what is wrong with the pieces of weights that are not in one.
 
     Raises:
         BadInput: all that is wrong, with what is ignored beside it.
     """
-    expected = spec.weights()
+    expected = {n: shape for n, shape in spec.weights().items() if n not in in_pieces}
     ignored = [n for n in tensors if n not in expected and _is_ignored(n, tensors[n], spec)]
-    problems = list(_problems(spec, expected, tensors, set(ignored)))
+    problems = [problem for found in in_pieces.values() for problem in found]
+    problems += _problems(spec, expected, tensors, set(ignored))
     notes = [f"ignored, since no weights of this model: {_some(ignored)}"] if ignored else []
     if problems:
         raise BadInput(_message(folder, problems, notes))
@@ -59,21 +69,16 @@ def _problems(
     expected: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, TensorEntry],
     ignored: set[str],
-) -> Iterator[_Problem]:
+) -> Iterator[Problem]:
     for name in expected:
         if name not in tensors:
-            yield _Problem("weight {} is missing", name, _hint(name, spec))
+            yield missing(name, spec)
     for name, shape in expected.items():
         if name in tensors and tensors[name].shape != shape:
-            yield _Problem(
-                f"weight {{}} has shape {list(tensors[name].shape)}, config.json says "
-                f"{list(shape)}",
-                name,
-                "one of the two belongs to another model",
-            )
+            yield misshapen(name, tensors[name], shape)
     for name in expected:
         if name in tensors and tensors[name].dtype not in FLOATS:
-            yield _Problem(
+            yield Problem(
                 f"weight {{}} is {tensors[name].dtype}",
                 name,
                 f"expected one of {', '.join(FLOATS)}; weights that are quantised already are not "
@@ -84,12 +89,23 @@ def _problems(
         if name in expected or name in ignored:
             continue
         if name not in copies:
-            yield _Problem("unexpected weight {}", name, _hint(name, spec))
+            yield Problem("unexpected weight {}", name, _hint(name, spec))
         elif copies[name] in tensors and not _same(tensors[name], tensors[copies[name]]):
             advice = f"remove {name}, or make the model untie it"
             if spec.tie_embeddings:
                 advice = "config.json says tie_word_embeddings true: set it to false"
-            yield _Problem(f"tied weight {{}} differs from {copies[name]}", name, advice)
+            yield Problem(f"tied weight {{}} differs from {copies[name]}", name, advice)
+
+
+def missing(name: str, spec: ModelSpec) -> Problem:
+    """A tensor that is not there."""
+    return Problem("weight {} is missing", name, _hint(name, spec))
+
+
+def misshapen(name: str, entry: TensorEntry, shape: tuple[int, ...]) -> Problem:
+    """A tensor of another shape."""
+    what = f"weight {{}} has shape {list(entry.shape)}, config.json says {list(shape)}"
+    return Problem(what, name, "one of the two belongs to another model")
 
 
 def tied_names(spec: ModelSpec) -> dict[str, str]:
@@ -124,12 +140,12 @@ def _same(one: TensorEntry, other: TensorEntry) -> bool:
     return True
 
 
-def _message(folder: Path, problems: list[_Problem], notes: list[str]) -> str:
+def _message(folder: Path, problems: list[Problem], notes: list[str]) -> str:
     if len(problems) == 1 and not notes:
         (only,) = problems
         return f"{folder}: {only.what.format(only.name)}; {only.advice}"
     lines = [f"{folder}: {len(problems)} of its tensors are not what config.json describes"]
-    by_advice: dict[str, list[_Problem]] = {}
+    by_advice: dict[str, list[Problem]] = {}
     for problem in problems:
         by_advice.setdefault(problem.advice, []).append(problem)
     for advice, alike in by_advice.items():

@@ -13,6 +13,7 @@ from cla_export.errors import BadInput
 from cla_export.layout import KVLayout
 from cla_export.models import Family, family_of
 from cla_export.models.agreement import check_weights, tied_names
+from cla_export.models.assembly import assemble
 from cla_export.models.safetensors_index import TensorEntry, read_index
 from cla_export.spec import ModelSpec
 
@@ -78,7 +79,8 @@ def open_checkpoint(
     config = read_config(folder)
     family = _family_of(config, module, layout)
     spec = family.read_spec(config)
-    tensors = read_index(folder)
+    index = read_index(folder)
+    tensors = dict(index)
     renamed = spec.renamed or {}
     if sum(n in tensors for n in renamed.values()) > sum(n in tensors for n in renamed):
         moved = {name: tensors[n] for name, n in renamed.items() if n in tensors}
@@ -87,7 +89,8 @@ def open_checkpoint(
     for other, name in tied_names(spec).items():
         if name not in tensors and other in tensors:
             tensors[name] = tensors.pop(other)
-    notes = check_weights(folder, spec, tensors)
+    tensors, problems = assemble(spec, tensors, index)
+    notes = check_weights(folder, spec, tensors, problems)
     kept = {name: tensors[name] for name in spec.weights()}
     return Checkpoint(folder, config, spec, kept, family, tuple(notes), module)
 
@@ -105,21 +108,22 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | None" = None) -> "D
 
     `dtype` None means float32, to which every checkpoint dtype converts exactly.
     """
+    import numpy as np
     import torch
-    from safetensors import safe_open
 
     dtype = dtype or torch.float32
+    stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     model = checkpoint.family.build(checkpoint.spec)
     parameters = dict(model.named_parameters())
     held = {**parameters, **dict(model.named_buffers())}
-    by_file: dict[Path, list[tuple[str, str]]] = {}
-    for name, entry in checkpoint.tensors.items():
-        by_file.setdefault(entry.path, []).append((name, entry.name))
     with torch.no_grad():
-        for path, names in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                for name, stored in names:
-                    held[name].copy_(file.get_tensor(stored))
+        for name, entry in checkpoint.tensors.items():
+            flat, start = held[name].view(-1), 0
+            for place in entry.places:
+                read = np.fromfile(place.path, np.uint8, place.nbytes, offset=place.offset)
+                values = torch.from_numpy(read).view(stored[place.dtype])
+                flat[start : start + len(values)] = values
+                start += len(values)
     for parameter in parameters.values():
         parameter.data = parameter.data.to(dtype)
     return model.eval()

@@ -119,6 +119,11 @@ class _AttentionCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
+        if (
+            kwargs.get("dtype") == torch.float32
+            and getattr(args[0], "dtype", None) == torch.float64
+        ):
+            kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
         result = func(*args, **kwargs)
         if func in (Tensor.to, Tensor.float) and args[0].dtype == torch.float64:
             return args[0] if result.dtype == torch.float32 else result

@@ -13,12 +13,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
 from cla_export.errors import BadInput
 from cla_export.layout import layout_from_config
 from cla_export.models.decoder import StatelessDecoder
+from cla_export.models.hugging_face_experts import IMPLEMENTATION, routed
+from cla_export.models.hugging_face_weights import stored_as
 from cla_export.models.without_data import parameters_without_data
 from cla_export.spec import ModelSpec
 
@@ -51,6 +52,7 @@ def read_spec(config: Mapping[str, object]) -> ModelSpec:
     stored = {name: tuple(value.shape) for name, value in model.named_parameters()}
     constants = {name for name, _ in model.named_buffers()} - set(model.state_dict())
     stored |= {n: tuple(b.shape) for n, b in model.named_buffers() if n not in constants}
+    renamed, assembled = stored_as(model, part)
     epsilon = next((getattr(own, name) for name in _EPSILONS if hasattr(own, name)), 0.0)
     return ModelSpec(
         model_type=own.model_type,
@@ -63,8 +65,10 @@ def read_spec(config: Mapping[str, object]) -> ModelSpec:
         tie_embeddings=bool(getattr(own, "tie_word_embeddings", False)),
         stored=stored,
         config=dict(config),
-        renamed=_renamed(model, part),
+        renamed=renamed,
         part=part,
+        assembled=assembled,
+        routed=routed(model, own),
     )
 
 
@@ -177,7 +181,12 @@ def _config_of(config: Mapping[str, object]) -> Any:  # noqa: ANN401
 def _model_of(config: Any) -> Any:  # noqa: ANN401
     auto: Any = transformers.AutoModelForCausalLM
     try:
-        model = auto.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = auto.from_config(
+            config,
+            attn_implementation="sdpa",
+            experts_implementation=IMPLEMENTATION,
+            dtype=torch.float32,
+        )
     except (ValueError, TypeError, AttributeError) as error:
         raise BadInput(
             f"config.json: transformers {transformers.__version__} cannot build a model of type "
@@ -186,25 +195,3 @@ def _model_of(config: Any) -> Any:  # noqa: ANN401
         ) from error
     model.tie_weights()
     return model
-
-
-def _renamed(model: Any, part: str) -> dict[str, str]:  # noqa: ANN401
-    """Parameter -> what transformers calls it when it saves one of this type, if that differs.
-
-    `part` comes in place of the leading `model.` where the model is part of another.
-    """
-    own = model.state_dict()
-    names = {id(tensor): name for name, tensor in own.items()}
-    found = {}
-    for stored, tensor in revert_weight_conversion(model, own).items():
-        name = names.get(id(tensor))
-        if name is None:
-            raise BadInput(
-                f"config.json: models of type {model.config.model_type!r} store {stored}, which is "
-                "no parameter of their code; only weights that are stored one by one can be read"
-            )
-        if part and stored.startswith("model."):
-            stored = part + stored.removeprefix("model.")  # noqa: PLW2901
-        if name != stored:
-            found[name] = stored
-    return found

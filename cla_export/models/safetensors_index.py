@@ -25,7 +25,10 @@ _SHOWN = 8  # names
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor in one safetensors file. `offset` counts bytes from the start of the file."""
+    """One tensor in one safetensors file. `offset` counts bytes from the start of the file.
+
+    One that is put together lies in `parts`, end to end; its own place is the first one's.
+    """
 
     name: str
     path: Path
@@ -33,6 +36,18 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    parts: tuple["TensorEntry", ...] = ()
+
+    @property
+    def places(self) -> tuple["TensorEntry", ...]:
+        """Where its bytes lie, in order."""
+        return self.parts or (self,)
+
+    def rows(self, start: int, stop: int) -> "TensorEntry":
+        """Rows of it, which lie in one place as well."""
+        row = self.nbytes // self.shape[0]
+        shape, offset = (stop - start, *self.shape[1:]), self.offset + start * row
+        return TensorEntry(self.name, self.path, self.dtype, shape, offset, (stop - start) * row)
 
 
 def read_index(folder: Path) -> dict[str, TensorEntry]:

@@ -13,6 +13,7 @@ from cla_export.rewrite.report import PassReport
 from cla_export.rewrite.thread_caches import GROUP
 
 UNNAMED = ("val_", "_")  # what tracing calls constants; this pass numbers them
+_NOWHERE = "_empty_nn_module_stack_from_metadata_hook"  # what tracing calls the place of a shape
 _KEPT = (LAYER, GROUP, "cla.window")
 
 
@@ -56,6 +57,7 @@ def _scope(node: ir.Node) -> str:
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     names = [name for name in scopes.strip("[]").replace("'", "").split(", ") if name]
     module = names[-2] if len(names) > 1 else ""  # the last one is the operator itself
+    module = "" if module == _NOWHERE else module
     module = module.removeprefix("model.").replace(".self_attn", ".attn")
     parts = module.split(".")
     if len(parts) > 1 and parts[0] == "layers":

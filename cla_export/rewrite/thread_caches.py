@@ -97,11 +97,17 @@ def frontier_of(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
 
 
 def _rename_axes(graph: ir.Graph, input_ids: ir.Value) -> None:
-    """The tracer's symbols for the axes of input_ids [B, S] become `batch` and `sequence`."""
+    """The tracer's symbols for the axes of input_ids [B, S] become `batch` and `sequence`.
+
+    Where a module puts the two together, their product becomes `tokens`.
+    """
     shape = input_ids.shape
     if shape is None or len(shape) != 2 or any(isinstance(dim, int) for dim in shape):
         raise GraphError(f"input_ids has shape {shape}; expected [B, S] with both axes dynamic")
-    names = {shape[0]: "batch", shape[1]: "sequence"}
+    first, second = shape
+    names: dict[object, str] = {first: "batch", second: "sequence"}
+    for one, other in ((first, second), (second, first)):
+        names[ir.SymbolicDim(f"{one}*{other}")] = "tokens"
     values = [output for node in graph for output in node.outputs]
     for value in (*graph.inputs, *values):
         if value.shape is not None:

@@ -21,6 +21,7 @@ from cla_export.models import family_of
 from cla_export.models.checkpoint import load_model, open_checkpoint
 
 transformers = pytest.importorskip("transformers")
+hugging_face_weights = pytest.importorskip("cla_export.models.hugging_face_weights")
 
 VOCAB = 61
 PLAIN: dict[str, Any] = {
@@ -61,7 +62,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
     },
     "gemma4_text": {**GEMMA, "global_head_dim": 32},
+    "mixtral": {**PLAIN, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**PLAIN, "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [0]},
+    "olmoe": {**PLAIN, "num_experts": 6, "num_experts_per_tok": 3},  # shares of less than one
 }  # fmt: skip
+MIXTURES = {"mixtral": 2, "qwen3_moe": 1, "olmoe": 2}  # layers of them that have experts
 SHARED = {"gemma3n_text": (0, 1, 0, 1), "gemma4_text": (0, 1, 0, 1)}
 
 
@@ -151,6 +157,14 @@ def test_transformers_reads_the_bundles_config(bundle: Bundle) -> None:
     assert made == own
 
 
+def test_experts_are_one_operator(bundle: Bundle, kind: str) -> None:
+    """It computes those that the router chose; the others' weights are not read."""
+    for graph in filter(None, (bundle.graph, bundle.cpu_graph)):
+        found = operators(graph)
+        assert found["MoE"] == found["TopK"] == MIXTURES.get(kind, 0)
+    assert [c.split()[1] for c in bundle.expert_choices()] == ["MoE"] * (kind in MIXTURES)
+
+
 def operators(graph: Path | None) -> Counter[str]:
     assert graph is not None
     return Counter(node.op_type for node in ir.load(graph).graph)
@@ -192,7 +206,6 @@ def test_a_model_that_is_not_what_its_config_says(tmp_path: Path) -> None:
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"model_type": "no such thing"}, "causal language models of transformers"),
         ({"model_type": "gemma2", **PLAIN}, "scaled_dot_product_attention"),
-        ({"model_type": "mixtral", **PLAIN}, "stored one by one"),
         (
             {
                 "model_type": "llama",
@@ -256,3 +269,46 @@ def test_no_code_of_a_checkpoint_runs(tmp_path: Path) -> None:
     auto_map = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
     assert open_checkpoint(folder).spec.model_type == "llama"
+
+
+def test_experts_are_read_one_by_one(tmp_path: Path) -> None:
+    """Each is a tensor of its own in the file, and what is wrong is said of that."""
+    folder = save(tmp_path / "model", "mixtral")
+    checkpoint = open_checkpoint(folder)
+    spec, name = checkpoint.spec, "model.layers.1.mlp.experts.gate_up_proj"
+    own = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert [part.name.rpartition("experts.")[2] for part in checkpoint.tensors[name].parts] == [
+        f"{expert}.{part}.weight" for expert in range(4) for part in ("w1", "w3")
+    ]
+    for key, value in load_model(checkpoint).state_dict().items():
+        assert torch.equal(value, own[key])
+    assert spec.parameters() == sum(value.numel() for value in own.values())
+    all_experts = sum(own[key].numel() for key in spec.routed or {})
+    dense = 2 * (spec.parameters(matrices_only=True) - own["model.embed_tokens.weight"].numel())
+    core = 2 * 2 * 2 * spec.q_heads * spec.layout.head_dim[0]  # two layers, one token
+    assert spec.flops_per_token(1) == dense + core - all_experts  # two times half of them
+    weights = load_file(folder / "model.safetensors")
+    expert = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    save_file({**weights, expert: weights[expert][1:].clone()}, folder / "model.safetensors")
+    with pytest.raises(BadInput, match=r"experts\.2\.w3\.weight has shape \[39, 32\]"):
+        open_checkpoint(folder)
+    save_file({**weights, expert: weights[expert].half()}, folder / "model.safetensors")
+    with pytest.raises(BadInput, match="save them in one dtype"):
+        open_checkpoint(folder)
+    del weights[expert]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(BadInput, match=r"weight \S+experts\.2\.w3\.weight is missing"):
+        open_checkpoint(folder)
+
+
+def test_weights_that_are_no_rows_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion that mixes values cannot be undone by reading."""
+
+    def mixed(_model: Any, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name = "model.layers.0.mlp.experts.down_proj"
+        return {**own, name: own[name].transpose(1, 2)}
+
+    monkeypatch.setattr(hugging_face_weights, "revert_weight_conversion", mixed)
+    config = {"model_type": "mixtral", **MODELS["mixtral"]}
+    with pytest.raises(BadInput, match=r"store \S+down_proj, which is no parameter of their code"):
+        family_of(config).read_spec(config)

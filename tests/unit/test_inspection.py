@@ -56,10 +56,19 @@ GEMMA_3N = {
         "layer_types": [S, S, S, S, F] * 7,
     },
 }
-HUNYUAN = {
+HUNYUAN = {  # Hunyuan-Large
     "model_type": "hunyuan",
+    "vocab_size": 128512,
     "num_hidden_layers": 64,
     "hidden_size": 6400,
+    "intermediate_size": 18304,
+    "num_experts": 16,
+    "moe_topk": 1,
+    "num_shared_expert": 1,
+    "use_mixed_mlp_moe": True,
+    "use_qk_norm": True,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 131072,
     "num_attention_heads": 80,
     "num_key_value_heads": 8,
     "use_cla": True,
@@ -177,9 +186,20 @@ def test_an_unknown_family_shows_its_layout_and_says_what_it_cannot(tmp_path: Pa
     assert gemma.own.cache_bytes_per_token == 20 * 2 * 2 * 256 * 2
     assert gemma.dense.cache_bytes_per_token == 35 * 2 * 2 * 256 * 2
     assert "model_type is 'gemma3000', which is not supported" in gemma.notes[0]
-    hunyuan = inspect(folder(tmp_path / "hunyuan", HUNYUAN))
-    assert hunyuan.own.cache_bytes_per_token == 32 * 2 * 8 * 80 * 2
-    assert "not known" in shown(hunyuan)
+    sharing = inspect(folder(tmp_path / "sharing", HUNYUAN | {"model_type": "hunyuan9000"}))
+    assert sharing.own.cache_bytes_per_token == 32 * 2 * 8 * 80 * 2
+    assert "not known" in shown(sharing)
+
+
+def test_hunyuan_large_is_as_large_as_its_report_says(tmp_path: Path) -> None:
+    """389 billion parameters, of which a token goes through 52 (Sun et al. 2024)."""
+    found = inspect(folder(tmp_path / "hunyuan", HUNYUAN), context=1)
+    assert found.own.cache_bytes_per_token == 32 * 2 * 8 * 80 * 2
+    assert found.own.parameters is not None
+    assert found.own.flops_per_token is not None
+    assert round(found.own.parameters / 1e9) == 389
+    embeddings = HUNYUAN["vocab_size"] * HUNYUAN["hidden_size"]  # a lookup, which is no product
+    assert round((found.own.flops_per_token / 2 + embeddings) / 1e9) == 52
 
 
 def test_a_known_family_with_a_wrong_config_is_an_error(tmp_path: Path) -> None:
