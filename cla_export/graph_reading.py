@@ -27,6 +27,9 @@ _ATTENTION = {
 _WRITERS = ("TensorScatter", "TRT_KVCacheUpdate")  # past cache, update, where
 
 
+_LONG = {"float": "float32", "double": "float64"}  # ONNX's names -> the usual ones
+
+
 @dataclass(frozen=True, slots=True)
 class GraphFacts:
     """What was found in an ONNX graph."""
@@ -35,6 +38,7 @@ class GraphFacts:
     stage: Literal["stateless", "stateful"]  # stateless: no caches threaded yet
     attention: dict[str, int]  # operator -> how many of them
     cache_inputs: int
+    weight_bytes: dict[str, int]  # dtype -> bytes; shapes and axes (int64) are left out
 
 
 def read_graph(path: Path) -> tuple[GraphFacts, KVLayout, str, list[str]]:
@@ -67,8 +71,19 @@ def read_model(model: "ir.Model", name: str) -> tuple[GraphFacts, KVLayout, str,
     else:
         stage, cache_inputs = "stateless", 0
         layout, dtype = _stateless_layout(model)
-    facts = GraphFacts(name, stage, dict(Counter(n.op_type for n in nodes)), cache_inputs)
+    counted = dict(Counter(n.op_type for n in nodes))
+    facts = GraphFacts(name, stage, counted, cache_inputs, _weight_bytes(model))
     return facts, layout, dtype, notes
+
+
+def _weight_bytes(model: "ir.Model") -> dict[str, int]:
+    import onnx_ir as ir
+
+    found: Counter[str] = Counter()
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.dtype not in (None, ir.DataType.INT64):
+            found[str(value.const_value.dtype).lower()] += value.const_value.nbytes
+    return {_LONG.get(name, name): count for name, count in found.most_common()}
 
 
 def _is_attention(node: "ir.Node") -> bool:

@@ -65,6 +65,9 @@ class Inspection:
     context: int | None  # tokens, for FLOPs
     own: Costs
     dense: Costs
+    weight_bytes: Mapping[str, int] | None = (
+        None  # dtype -> bytes, as stored; None: no weights here
+    )
     target: str | None = None  # of a bundle
     graph: GraphFacts | None = None
     attention: tuple[str, ...] = ()  # of a bundle: which operator carries it, and why
@@ -93,6 +96,7 @@ class Inspection:
             "context": self.context,
             "this_model": asdict(self.own),
             "dense_twin": asdict(self.dense),
+            "weight_bytes": None if self.weight_bytes is None else dict(self.weight_bytes),
             "graph": None if self.graph is None else asdict(self.graph),
             "attention": list(self.attention),
             "engines": list(self.engines),
@@ -146,9 +150,11 @@ def _inspect_folder(
     config = read_config(folder)
     spec, notes = _spec_if_known(config, module)
     dtype, source = _config_dtype(config, folder)
+    stored = None
     if weights and spec is not None:
         checkpoint = open_checkpoint(folder, module, spec.layout if module else None)
         dtype, source = checkpoint.dtype, "stored weights"
+        stored = checkpoint.weight_bytes
         notes += checkpoint.notes
     elif weights:
         notes.append("the weights were not compared with the config, for the same reason")
@@ -161,6 +167,7 @@ def _inspect_folder(
         dtype=(dtype, source),
         context=context,
         notes=notes,
+        weight_bytes=stored,
     )
 
 
@@ -272,6 +279,7 @@ def _compare(
     target: str | None = None,
     graph: GraphFacts | None = None,
     checks: tuple[Check, ...] = (),
+    weight_bytes: Mapping[str, int] | None = None,
 ) -> Inspection:
     """Put a layout beside its dense twin."""
     twin = layout.dense_twin()
@@ -295,6 +303,7 @@ def _compare(
         context=context,
         own=_costs(layout, dtype[0], spec, context),
         dense=_costs(twin, dtype[0], spec.dense_twin() if spec else None, context),
+        weight_bytes=graph.weight_bytes if graph is not None else weight_bytes,
         target=target,
         graph=graph,
         checks=checks,

@@ -146,7 +146,7 @@ def compare_bundle(
         unquantized = perplexity(plain.logits, stream, report.length)
     with _torch_threads(model):
         sides = _sides(bundle, checkpoint, model, report)
-        held = _made_up(sides, np.resize(np.asarray(stream, np.int64), _HELD), bundle.dtype)
+        held = _made_up(sides, stream, min(_HELD, positions), bundle.dtype)
         size = sum(parameter.numel() for parameter in model.parameters())
         setups = make_setups(bundle, positions, stream, seed, size)
         run = _Run(
@@ -379,8 +379,9 @@ def _checkpoint(bundle: Bundle, folder: Path, module: str | None) -> Checkpoint:
     return checkpoint
 
 
-def _made_up(sides: Reference, tokens: np.ndarray, dtype: str) -> GroupKV:
+def _made_up(sides: Reference, stream: Sequence[int], count: int, dtype: str) -> GroupKV:
     """Keys and values of some tokens, as the bundle's dtype holds them, in float32."""
+    tokens = np.resize(np.asarray(stream, np.int64), count)
     kind = getattr(torch, dtype)
 
     def stored(part: np.ndarray) -> np.ndarray:

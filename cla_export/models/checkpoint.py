@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from cla_export.models.decoder import Decoder
 
 
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model folder whose config and weights agree."""
@@ -38,11 +41,17 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """The dtype that most weight bytes are stored in: float32, float16 or bfloat16."""
+        sizes = self.weight_bytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of weights by the dtype that they are stored in."""
         sizes: dict[str, int] = {}
         for entry in self.tensors.values():
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        return names[max(sizes, key=lambda dtype: sizes[dtype])]
+            name = _DTYPES[entry.dtype]
+            sizes[name] = sizes.get(name, 0) + entry.nbytes
+        return sizes
 
 
 def read_config(folder: Path) -> dict[str, object]:

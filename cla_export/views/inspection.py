@@ -47,6 +47,9 @@ def render(inspection: Inspection, console: Console) -> None:
     for shape in _shapes(layout):
         line(f"  {shape}")
     line(f"  {inspection.dtype} ({inspection.dtype_source})")
+    if inspection.weight_bytes:
+        sizes = (f"{count:,} B {dtype}" for dtype, count in inspection.weight_bytes.items())
+        line(f"  weights: {', '.join(sizes)}")
     if inspection.graph is not None:
         graph = inspection.graph
         nodes = ", ".join(f"{count} {operator}" for operator, count in graph.attention.items())

@@ -175,6 +175,8 @@ def test_a_model_folder_is_compared_with_its_config(tmp_path: Path) -> None:
     assert (found.kind, found.dtype, found.dtype_source) == ("model", "float16", "stored weights")
     assert found.own.parameters == sum(int(np.prod(shape)) for shape in shapes.values())
     assert found.own.cache_bytes_per_token == 2 * 2 * 4 * 2
+    assert found.weight_bytes == {"float16": 2 * found.own.parameters}
+    assert f"weights: {2 * found.own.parameters:,} B float16" in shown(found)
     folder(path, TINY | {"kv_owner": [0, 0, 0, 0]})
     with pytest.raises(BadInput, match=r"unexpected weight model\.layers\.2\.self_attn\.k_proj"):
         inspect(path)

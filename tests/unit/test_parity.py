@@ -29,6 +29,11 @@ GOOD = {
     "onnxruntime fp16": ("onnxruntime", "fp16", MIXED),
     "portable": ("portable", "fp32", MIXED),
     "head dim 10": ("onnxruntime", "fp32", {"kv_owner": (0, 0), "head_dim": 10}),
+    "few positions": (
+        "portable",
+        "fp32",
+        {"kv_owner": (0, 0), "max_position_embeddings": 40},
+    ),
 }
 
 
