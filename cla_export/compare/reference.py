@@ -155,6 +155,8 @@ class _WidenedParameters(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         given = (*args, *(kwargs or {}).values())
+        if getattr(func, "__name__", "") == "__set__":
+            return func(*args)  # of `data`, by the hooks above: on the parameter itself
         if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in given):
             args = tuple(_widened(x) for x in args)
             kwargs = {name: _widened(x) for name, x in (kwargs or {}).items()}
