@@ -51,17 +51,26 @@ def read_stateless(source: Path) -> tuple[ir.Model, Weights]:
             _check_place(source, name, str(tensor.location))
         if tensor is None:
             continue
-        named = not name.startswith(UNNAMED)
+        named = not name.startswith(UNNAMED) and not _is_mask(value)
         if named and tensor.size > _SMALL and tensor.dtype.is_floating_point():
             weights[name] = tensor
-        elif tensor.nbytes > _INLINE:
+            continue
+        if isinstance(tensor, ir.ExternalTensor) and (tensor.nbytes <= _INLINE or not named):
+            value.const_value = tensor = _loaded(source, tensor)
+        if tensor.nbytes > _INLINE:
             large[name] = tensor
-        elif isinstance(tensor, ir.ExternalTensor):
-            value.const_value = _loaded(source, tensor)
     model = _prepared(source, model, {*weights, *large})
     for name, tensor in large.items():
         model.graph.initializers[name].const_value = tensor
     return model, weights
+
+
+def _is_mask(value: ir.Value) -> bool:
+    """Whether an initialiser is a square that is only cut: a mask that a module keeps."""
+    shape = value.shape
+    if shape is None or len(shape) < 2 or shape[-1] != shape[-2]:
+        return False
+    return bool(value.uses()) and all(node.op_type == "Slice" for node, _ in value.uses())
 
 
 def _loaded(source: Path, tensor: ir.ExternalTensor) -> ir.TensorProtocol:

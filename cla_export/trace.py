@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cla_export.errors import GraphError
 from cla_export.models import Family
@@ -36,7 +36,16 @@ def trace(family: Family, spec: ModelSpec, dtype: torch.dtype) -> ir.Model:
             parameter.data = parameter.data.to(dtype)
         model = trace_module(module)
     _name_parameters(model, module, set(spec.weights()))
+    _keep_masks(model, module)
     return model
+
+
+def _keep_masks(model: ir.Model, module: nn.Module) -> None:
+    """Give square buffers their values: what a mask that a module keeps means is in them."""
+    for name, buffer in module.named_buffers():
+        square = buffer.ndim > 1 and buffer.shape[-1] == buffer.shape[-2]
+        if square and name in model.graph.initializers and not isinstance(buffer, FakeTensor):
+            model.graph.initializers[name].const_value = ir.tensor(buffer.numpy(), name=name)
 
 
 def trace_module(module: nn.Module) -> ir.Model:
