@@ -8,14 +8,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import shape_inference, version_converter
 from onnx_ir.passes import common
+from onnxscript.optimizer import fold_constants
 
 from cla_export.errors import BadInput, GraphError
+from cla_export.rewrite.builder import named_constant
 from cla_export.rewrite.name_nodes import UNNAMED
 from cla_export.rewrite.thread_caches import check_inputs
+from cla_export.rewrite.values import ints, producer
 
 Weights = dict[str, ir.TensorProtocol]
 
@@ -70,7 +74,11 @@ def _is_mask(value: ir.Value) -> bool:
     shape = value.shape
     if shape is None or len(shape) < 2 or shape[-1] != shape[-2]:
         return False
-    return bool(value.uses()) and all(node.op_type == "Slice" for node, _ in value.uses())
+    users = [node for node, _ in value.uses()]
+    for node in users:
+        if node.op_type == "Identity":  # the exporter's, for a layer with the same mask
+            users += [user for user, _ in node.outputs[0].uses()]
+    return bool(users) and all(node.op_type in ("Slice", "Identity") for node in users)
 
 
 def _loaded(source: Path, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
@@ -95,6 +103,10 @@ def _prepared(source: Path, model: ir.Model, apart: set[str]) -> ir.Model:
         if opset < _OPSET:
             proto = version_converter.convert_version(proto, _OPSET)
         proto = shape_inference.infer_shapes(proto, data_prop=True)
+        folded = ir.from_proto(proto)
+        if _known_axes(folded):  # heads may be computed from them
+            fold_constants(folded)
+            proto = shape_inference.infer_shapes(ir.to_proto(folded), data_prop=True)
     except (RuntimeError, onnx.shape_inference.InferenceError) as error:
         raise BadInput(
             f"{source}: opset {opset} could not be converted to {_OPSET}: {error}; export it again "
@@ -105,6 +117,29 @@ def _prepared(source: Path, model: ir.Model, apart: set[str]) -> ir.Model:
         model.graph.inputs.remove(value)
         model.graph.initializers[str(value.name)] = value
     return model
+
+
+def _known_axes(model: ir.Model) -> int:
+    """Make constants of axes that are read off a Shape and known; how many there were."""
+    graph, found = model.graph, 0
+    for node in list(graph):
+        shape = producer(node.inputs[0], "Shape") if node.op_type == "Gather" else None
+        measured = None if shape is None else shape.inputs[0]
+        axes = ints(node.inputs[1]) if measured is not None else None
+        if measured is None or axes is None or measured.shape is None or shape is None:
+            continue
+        start = shape.attributes.get_int("start", 0)
+        dims = [measured.shape[start:][axis] for axis in axes]
+        if all(isinstance(dim, int) for dim in dims):
+            index = node.inputs[1]
+            assert index is not None
+            array = np.array(dims, np.int64).reshape(
+                [] if index.shape is None else index.shape.numpy()
+            )
+            made = named_constant(graph, array, f"axis/{node.outputs[0].name}")
+            node.outputs[0].replace_all_uses_with(made)
+            found += 1
+    return found
 
 
 def _check_place(source: Path, name: str, location: str) -> None:

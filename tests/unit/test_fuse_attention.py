@@ -50,7 +50,8 @@ class Decoder(nn.Module):
         made: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, owner in enumerate(self.owners):
             h = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.scale[layer]
-            q = self.q[layer](h).view(batch, length, HEADS, DIM).transpose(1, 2)
+            q = self.q[layer](h)
+            q = q.view(batch, length, HEADS, q.shape[-1] // HEADS).transpose(1, 2)
             if owner == layer:
                 kv = self.kv[str(layer)](h).view(batch, length, 2, self.kv_heads, DIM)
                 k, v = kv.permute(2, 0, 3, 1, 4)
