@@ -115,16 +115,18 @@ def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def _in_float64(model: Decoder) -> Iterator[None]:
-    """Run every module in float64; a float32 weight goes there and back unchanged."""
+    """Run every module in float64; its float32 weights are put back after it."""
+    narrow_data: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for parameter in module.parameters(recurse=False):
+            narrow_data.setdefault(parameter, parameter.data)
             parameter.data = parameter.data.double()
         return tuple(x.double() if x.is_floating_point() else x for x in inputs)
 
     def narrow(module: nn.Module, _inputs: object, _output: object) -> None:
         for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.float()
+            parameter.data = narrow_data.pop(parameter, parameter.data)
 
     def widen_output(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         return output.double()
