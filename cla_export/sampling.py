@@ -1,36 +1,182 @@
-"""Choosing the next token from one row of logits."""
+"""Choosing the next token from rows of logits.
+
+What is drawn for a row depends on its own logits, parameters and seed alone: never on the rows
+beside it, the slot it is in, or what the process did before. Each token takes exactly one number of
+a counter-based generator (Philox), whose key is the seed.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cla_export.engines.executor import Logits
 from cla_export.errors import BadInput
 
+_SEEDS = 2**64
+_BIAS = 100.0  # largest |logit bias|, as in OpenAI's API
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen; greedy as it stands. BadInput, naming the field, if one is wrong.
+
+    In this order: `logit_bias` is added; `repetition_penalty` divides positive and multiplies
+    negative logits of tokens that prompt or output have (Keskar et al. 2019); `presence_penalty`
+    and, for each time, `frequency_penalty` are subtracted for tokens that the output has; logits
+    are divided by `temperature` (0: the likeliest is taken); then only tokens stay that are among
+    the `top_k` likeliest (0: all), at least `min_p` times as likely as the likeliest, and in the
+    smallest set of likeliest ones whose probabilities reach `top_p`. Ties at a border stay.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        expected = {
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            "top_p": (0 < self.top_p <= 1, "more than 0, at most 1"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "more than 0"),
+            "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
+            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
+        }
+        for name, (good, wanted) in expected.items():
+            if not good:
+                raise BadInput(f"{name} is {getattr(self, name)}; expected {wanted}")
+        for token, bias in self.logit_bias:
+            if token < 0 or not abs(bias) <= _BIAS:
+                raise BadInput(
+                    f"logit_bias of token {token} is {bias}; expected a token id with a number "
+                    f"from {-_BIAS:.0f} to {_BIAS:.0f}"
+                )
+
+    @property
+    def as_they_are(self) -> bool:
+        """Whether the logits are not changed before the temperature."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties == (1.0, 0.0, 0.0) and not self.logit_bias
+
 
 class Sampler:
-    """Greedy at temperature 0; otherwise temperature, then nucleus (top-p) sampling, seeded."""
+    """Chooses the tokens of one sequence.
 
-    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
-        if temperature < 0:
-            raise BadInput(f"temperature is {temperature}; expected 0 (greedy) or more")
-        if not 0 < top_p <= 1:
-            raise BadInput(f"top_p is {top_p}; expected more than 0, at most 1")
-        self._temperature = temperature
-        self._top_p = top_p
-        self._generator = np.random.default_rng(seed)
+    Args:
+        params: how.
+        prompt: what comes before, for `repetition_penalty`.
+        choice: number of this sequence among several with the same seed.
+        barred: tokens that are not chosen among the first `barred_for`.
+        barred_for: tokens.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams | None = None,
+        prompt: Sequence[int] = (),
+        *,
+        choice: int = 0,
+        barred: Sequence[int] = (),
+        barred_for: int = 0,
+    ) -> None:
+        self.params = params = params or SamplingParams()
+        self._prompt = np.unique(np.array(prompt, np.int64))
+        self._barred = np.array(barred, np.int64)
+        self._barred_for = barred_for
+        self._made: Counter[int] = Counter()
+        self._count = 0
+        key = np.random.SeedSequence([params.seed % _SEEDS, choice])
+        self._generator = np.random.Generator(np.random.Philox(key))
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return self._temperature == 0
+        """Whether the likeliest token by the model's own logits is taken next."""
+        barred = self._count < self._barred_for
+        return self.params.temperature == 0 and self.params.as_they_are and not barred
 
     def pick(self, logits: Logits) -> int:
-        """The next token for logits [V]."""
-        if self.greedy:
-            return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self._temperature
-        weights = np.exp(scaled - scaled.max())
-        order = np.argsort(-weights, kind="stable")
-        cumulative = np.cumsum(weights[order])
-        kept = int(np.searchsorted(cumulative, self._top_p * cumulative[-1])) + 1
-        draw = self._generator.random() * cumulative[min(kept, len(order)) - 1]
-        return int(order[np.searchsorted(cumulative, draw, side="right")])
+        """The next token for logits [V], all below infinity and one at least finite."""
+        token = int(logits.argmax()) if self.greedy else self._pick(logits)
+        self.take(token)
+        return token
+
+    def take(self, token: int) -> None:
+        """Note a token that was chosen."""
+        self._count += 1
+        if not self.params.as_they_are:
+            self._made[token] += 1
+
+    def _pick(self, logits: Logits) -> int:
+        scores = logits.astype(np.float32)
+        self._adjust(scores)
+        if self.params.temperature == 0:
+            return int(scores.argmax())
+        scores -= scores.max()
+        scores /= self.params.temperature
+        weights = np.exp(scores)  # the likeliest token's is 1
+        _keep(weights, self.params)
+        cumulative = np.cumsum(weights, dtype=np.float64)
+        draw = self._generator.random() * cumulative[-1]
+        token = int(np.searchsorted(cumulative, draw, side="right"))
+        return token if token < len(weights) else int(np.flatnonzero(weights)[-1])
+
+    def _adjust(self, scores: NDArray[np.float32]) -> None:
+        params = self.params
+        for token, bias in params.logit_bias:
+            scores[token] += bias
+        if not params.as_they_are:
+            made = np.fromiter(self._made.keys(), np.int64, len(self._made))
+            counts = np.fromiter(self._made.values(), np.float32, len(self._made))
+            seen = np.union1d(self._prompt, made)
+            factor = np.where(
+                scores[seen] > 0, 1 / params.repetition_penalty, params.repetition_penalty
+            )
+            scores[seen] *= factor.astype(np.float32)
+            scores[made] -= params.presence_penalty + params.frequency_penalty * counts
+        if self._count < self._barred_for:
+            scores[self._barred] = -np.inf
+
+
+def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
+    """The next token of each row of logits [B, V]; None for a row that is not numbers.
+
+    A row with NaN or infinity is noticed by its largest value: argmax takes NaN for the largest.
+    """
+    likeliest = logits.argmax(1)
+    largest = logits[np.arange(len(samplers)), likeliest]
+    tokens: list[int | None] = []
+    for row, sampler in enumerate(samplers):
+        if not math.isfinite(largest[row]):
+            tokens.append(None)
+        elif sampler.greedy:
+            tokens.append(int(likeliest[row]))
+            sampler.take(int(likeliest[row]))
+        else:
+            tokens.append(sampler.pick(logits[row]))
+    return tokens
+
+
+def _keep(weights: NDArray[np.float32], params: SamplingParams) -> None:
+    """Set the weights [V], the largest 1, of tokens that must not be drawn to 0."""
+    if 0 < params.top_k < len(weights):
+        weights[weights < np.partition(weights, -params.top_k)[-params.top_k]] = 0
+    if params.min_p > 0:
+        weights[weights < params.min_p] = 0
+    if params.top_p < 1:
+        total = float(weights.sum(dtype=np.float64))
+        # Those at most this likely have 1 - top_p together at most: the others reach top_p.
+        few = total * (1 - params.top_p) / len(weights)
+        falling = -np.sort(-weights[weights > few])
+        cumulative = np.cumsum(falling, dtype=np.float64)
+        kept = int(np.searchsorted(cumulative, params.top_p * total))
+        weights[weights < falling[min(kept, len(falling) - 1)]] = 0
