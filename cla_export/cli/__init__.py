@@ -21,6 +21,7 @@ COMMANDS = (  # a module each, in the order that --help lists them
     "generate",
     "plan",
     "bench",
+    "serve",
     "doctor",
     "demo",
 )

@@ -1,6 +1,10 @@
 """Tokens to text as they come, in pieces that are whole characters."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -44,3 +48,13 @@ class Detokenizer:
 
     def _text(self) -> str:
         return self._decode(self._before + self._held)[len(self._before_text) :]
+
+
+def decoder(tokenizer: "Tokenizer", *, skip_special_tokens: bool) -> Decode:
+    """A tokenizer's way from tokens to text."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        return text
+
+    return decode

@@ -9,13 +9,17 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from cla_export.engines.executor import Executor
 from cla_export.errors import BadInput, ClaExportError
-from cla_export.serve.detokenizer import Decode
+from cla_export.serve.detokenizer import decoder
 from cla_export.serve.requests import DEAD, SHUTDOWN, STALLED, Failure, Request
 from cla_export.serve.scheduler import CHUNK, Load, Observer, Outputs, Scheduler
 from cla_export.serve.sequence import Sequence, fits
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
 Deliver = Callable[[Outputs], None]
@@ -63,7 +67,7 @@ class Engine:
     Args:
         executor: owned from now on.
         deliver: called in the engine's thread with the outputs of a tick. It must not block.
-        decode: tokens to text; None: outputs have no text.
+        tokenizer: the model's; None: outputs have no text.
         ends: the model's end tokens.
         chunk: prompt tokens of one prefill call.
         limits: of the queue.
@@ -76,7 +80,7 @@ class Engine:
         executor: Executor,
         deliver: Deliver,
         *,
-        decode: Decode | None = None,
+        tokenizer: "Tokenizer | None" = None,
         ends: frozenset[int] = frozenset(),
         chunk: int = CHUNK,
         limits: Limits | None = None,
@@ -89,7 +93,10 @@ class Engine:
         self.limits = limits or Limits()
         self.clock = clock
         self.deliver = deliver
-        self._decode = decode
+        self._decode = {
+            skip: None if tokenizer is None else decoder(tokenizer, skip_special_tokens=skip)
+            for skip in (False, True)
+        }
         self._ends = ends
         self._scheduler = Scheduler(executor, clock, chunk=chunk, observer=observer)
         self._changed = threading.Condition()
@@ -153,7 +160,8 @@ class Engine:
             self._check_room(len(requests), tokens)
             now, numbers = self.clock(), []
             for request in requests:
-                sequence = Sequence(self._next, request, self._ends, self._decode, now)
+                decode = self._decode[request.skip_special_tokens]
+                sequence = Sequence(self._next, request, self._ends, decode, now)
                 self._incoming.append(sequence)
                 numbers.append(self._next)
                 self._next += 1
@@ -175,9 +183,10 @@ class Engine:
                 self._state = State.draining
                 self._changed.notify()
 
-    def wait_idle(self, seconds: float) -> bool:
-        """Wait until nothing runs; whether that is so."""
-        return self._idle.wait(seconds)
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return self._idle.is_set()
 
     def stop(self, seconds: float = 5.0) -> None:
         """End all that run with an error, and the thread; a step that hangs is left behind."""

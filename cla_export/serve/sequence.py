@@ -97,7 +97,8 @@ class Sequence:
 
     def output(self) -> Output | None:
         """What is to be told now; None: nothing yet."""
-        if self.finish is None and not (self.request.stream and self._ready):
+        news = self._ready if self._text is not None else self._new
+        if self.finish is None and not (self.request.stream and news):
             return None
         made = Output(
             self._ready,
