@@ -1,8 +1,13 @@
 """Choosing the next token from rows of logits.
 
 What is drawn for a row depends on its own logits, parameters and seed alone: never on the rows
-beside it, the slot it is in, or what the process did before. Each token takes exactly one number of
-a counter-based generator (Philox), whose key is the seed.
+beside it, the slot it is in, or what the process did before. Numbers are of a counter-based
+generator (Philox), whose key is the seed.
+
+A draw is a race: each token takes a time, exponential with its probability as rate, and the fastest
+is taken. Where a runtime rounds logits differently from one batch to the next, that changes a token
+only if two finish within the rounding of each other. (A number looked up among cumulated
+probabilities would have as many such borders as there are tokens.)
 """
 
 import math
@@ -17,6 +22,7 @@ from cla_export.engines.executor import Logits
 from cla_export.errors import BadInput
 
 _SEEDS = 2**64
+_SHORTEST = np.float32(1e-30)  # of a race's times: none is 0
 _BIAS = 100.0  # largest |logit bias|, as in OpenAI's API
 
 
@@ -125,10 +131,8 @@ class Sampler:
         scores /= self.params.temperature
         weights = np.exp(scores)  # the likeliest token's is 1
         _keep(weights, self.params)
-        cumulative = np.cumsum(weights, dtype=np.float64)
-        draw = self._generator.random() * cumulative[-1]
-        token = int(np.searchsorted(cumulative, draw, side="right"))
-        return token if token < len(weights) else int(np.flatnonzero(weights)[-1])
+        times = self._generator.standard_exponential(len(weights), dtype=np.float32)
+        return int((weights / np.maximum(times, _SHORTEST)).argmax())
 
     def _adjust(self, scores: NDArray[np.float32]) -> None:
         params = self.params
