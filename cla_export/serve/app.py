@@ -44,7 +44,11 @@ def create_app(served: Served) -> FastAPI:
             yield
 
     app = FastAPI(
-        title="cla-export", version=cla_export.__version__, lifespan=lifespan, redoc_url=None
+        title="cla-export",
+        version=cla_export.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.metrics = metrics
     _tell_errors(app, metrics)

@@ -15,7 +15,7 @@ from cla_export.engines.executor import Executor
 from cla_export.errors import BadInput, ClaExportError
 from cla_export.serve.detokenizer import decoder
 from cla_export.serve.requests import DEAD, SHUTDOWN, STALLED, Failure, Request
-from cla_export.serve.scheduler import CHUNK, Load, Observer, Outputs, Scheduler
+from cla_export.serve.scheduler import CHUNK, Load, Observer, Outputs, Scheduler, SlotView
 from cla_export.serve.sequence import Sequence, fits
 
 if TYPE_CHECKING:
@@ -130,6 +130,15 @@ class Engine:
         load = self._scheduler.load
         waiting = load.waiting + len(self._incoming)
         return Load(waiting, load.prefilling, load.decoding, load.slots, load.tokens)
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated since the start."""
+        return self._scheduler.generated
+
+    def slots(self) -> list[SlotView]:
+        """What each slot holds."""
+        return self._scheduler.view()
 
     @property
     def stalled(self) -> bool:

@@ -15,7 +15,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = frozenset({"/health", "/ready", "/"})  # without a key
+OPEN = frozenset({"/health", "/ready", "/", "/page.js", "/page.css"})  # without a key
 _ID_LENGTH = 128  # characters of a client's own request id
 
 

@@ -54,6 +54,14 @@ class Load:
     tokens: int  # held by sequences that run
 
 
+@dataclass(frozen=True, slots=True)
+class SlotView:
+    """What a slot holds: `state` is decoding, prefilling, kept (for reuse) or free."""
+
+    state: str
+    tokens: int
+
+
 class Scheduler:
     """Runs sequences on an executor's slots.
 
@@ -77,6 +85,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.prefilling: Sequence | None = None
         self.active: list[Sequence] = []  # active[i] is in slot i
+        self.generated = 0  # tokens, ever
         self.dead = ""  # why the executor was given up
         self._slots = Slots(executor, chunk)
         self._clock = clock
@@ -94,6 +103,17 @@ class Scheduler:
             slots=self.executor.slots,
             tokens=sum(sequence.length for sequence in running),
         )
+
+    def view(self) -> list[SlotView]:
+        """Every slot, as of now; another thread may ask, and sees some moment of a tick."""
+        held = [len(tokens) for tokens in self._slots.held]
+        views = [SlotView("kept" if tokens else "free", tokens) for tokens in held]
+        for sequence in list(self.active):
+            views[sequence.slot] = SlotView("decoding", sequence.length)
+        reading = self.prefilling
+        if reading is not None and reading.slot >= 0:
+            views[reading.slot] = SlotView("prefilling", reading.length)
+        return views
 
     @property
     def busy(self) -> bool:
@@ -213,6 +233,7 @@ class Scheduler:
                 bad.append(sequence)
                 continue
             sequence.add(token, row)
+            self.generated += 1
             sequence.first_token = sequence.first_token or now
             sequence.last_token = now
         for sequence in reversed(bad):

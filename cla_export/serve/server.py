@@ -152,6 +152,7 @@ def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
     from cla_export.serve.app import Served, create_app
     from cla_export.serve.handlers import Service
     from cla_export.serve.metrics import Metrics
+    from cla_export.serve.page import add_page
     from cla_export.serve.streams import Streams
 
     bundle, model = opened.bundle, opened.model
@@ -166,7 +167,9 @@ def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
         observer=metrics,
     )
     service = Service(model, streams, options.request_seconds)
-    return create_app(Served(service, metrics)), streams.engine
+    app = create_app(Served(service, metrics))
+    add_page(app, model, streams.engine, bundle.layout, bundle.dtype, opened.pool)
+    return app, streams.engine
 
 
 def serve(opened: Opened, options: Options, announce: Callable[[str], None]) -> int:

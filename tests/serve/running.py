@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -19,7 +19,7 @@ from cla_export.engines.executor import Executor
 from cla_export.serve.engine import Engine
 from cla_export.serve.gate import Gate
 from cla_export.serve.model import ServedModel
-from cla_export.serve.pool import PoolSize
+from cla_export.serve.pool import size_pool
 from cla_export.serve.server import Opened, Options, create_server
 
 PATIENCE = 60  # seconds that a test waits for what should be there at once
@@ -72,16 +72,21 @@ def application(
     folder: Path,
     *,
     tokenizer: object = None,
-    keys: tuple[str, ...] = (),
+    routes: Mapping[str, Callable] | None = None,
     **given,
 ) -> Iterator[tuple[str, Engine]]:
-    """An application over an executor, on a free port of this process; its address and engine."""
-    options = Options(keys=keys, **given)
+    """An application over an executor, on a free port of this process; its address and engine.
+
+    `routes` are more paths, each with what answers it.
+    """
+    options = Options(**given)
     layout = executor.layout
     bundle = Bundle(folder, {"dtype": "float32"}, layout)
     model = ServedModel("fake", 0, executor.capacity, executor.vocab_size, tokenizer, None)
-    pool = PoolSize(executor.slots, executor.capacity, 8, 16)
+    pool = size_pool(layout, "float32", executor.capacity, executor.slots, None)
     app, engine = create_server(Opened(bundle, model, executor, pool), options)
+    for path, endpoint in (routes or {}).items():
+        app.add_route(path, endpoint)
     gate = Gate(app, options.keys, options.most_body, app.state.metrics.refused)
     config = uvicorn.Config(gate, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
