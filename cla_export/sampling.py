@@ -1,8 +1,8 @@
 """Choosing the next token from rows of logits.
 
 What is drawn for a row depends on its own logits, parameters and seed alone: never on the rows
-beside it, the slot it is in, or what the process did before. Numbers are of a counter-based
-generator (Philox), whose key is the seed.
+beside it, the slot it is in, or what the process did before. Numbers are counter-based: the seed,
+how many tokens were made, and the token's own id give them.
 
 A draw is a race: each token takes a time, exponential with its probability as rate, and the fastest
 is taken. Where a runtime rounds logits differently from one batch to the next, that changes a token
@@ -22,7 +22,7 @@ from cla_export.engines.executor import Logits
 from cla_export.errors import BadInput
 
 _SEEDS = 2**64
-_SHORTEST = np.float32(1e-30)  # of a race's times: none is 0
+_SHORTEST = np.float32(2**-25)  # of a race's times: none is 0
 _BIAS = 100.0  # largest |logit bias|, as in OpenAI's API
 
 
@@ -129,10 +129,9 @@ class Sampler:
             return int(scores.argmax())
         scores -= scores.max()
         scores /= self.params.temperature
-        weights = np.exp(scores)  # the likeliest token's is 1
-        _keep(weights, self.params)
-        times = self._generator.standard_exponential(len(weights), dtype=np.float32)
-        return int((weights / np.maximum(times, _SHORTEST)).argmax())
+        ids, weights = _kept(scores, self.params)
+        key = self._generator.integers(_SEEDS, dtype=np.uint64, endpoint=False)
+        return int(ids[(weights / _times(ids, key)).argmax()])
 
     def _adjust(self, scores: NDArray[np.float32]) -> None:
         params = self.params
@@ -170,17 +169,57 @@ def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
     return tokens
 
 
-def _keep(weights: NDArray[np.float32], params: SamplingParams) -> None:
-    """Set the weights [V], the largest 1, of tokens that must not be drawn to 0."""
-    if 0 < params.top_k < len(weights):
-        weights[weights < np.partition(weights, -params.top_k)[-params.top_k]] = 0
+def _kept(
+    scores: NDArray[np.float32], params: SamplingParams
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Tokens that may be drawn, and their weights, by scores [V] of which the largest is 0."""
+    lowest = -math.inf
+    if 0 < params.top_k < len(scores):
+        lowest = float(np.partition(scores, -params.top_k)[-params.top_k])
     if params.min_p > 0:
-        weights[weights < params.min_p] = 0
+        lowest = max(lowest, math.log(params.min_p))
+    weights = np.exp(scores)
+    if lowest > -math.inf:
+        weights[scores < lowest] = 0
     if params.top_p < 1:
-        total = float(weights.sum(dtype=np.float64))
+        total = float(weights.sum())
         # Those at most this likely have 1 - top_p together at most: the others reach top_p.
         few = total * (1 - params.top_p) / len(weights)
-        falling = -np.sort(-weights[weights > few])
-        cumulative = np.cumsum(falling, dtype=np.float64)
-        kept = int(np.searchsorted(cumulative, params.top_p * total))
-        weights[weights < falling[min(kept, len(falling) - 1)]] = 0
+        ids = np.flatnonzero(weights > few)
+        weights = weights[ids]
+        inside = weights >= _border(weights, params.top_p * total)
+        return ids[inside], weights[inside]
+    ids = np.flatnonzero(weights)
+    return ids, weights[ids]
+
+
+def _border(weights: NDArray[np.float32], mass: float) -> np.float32:
+    """The least of the largest weights that have this mass together; weights are positive.
+
+    Only weights whose upper bits are the border's are sorted: bits of positive floats rise with
+    them.
+    """
+    bins = weights.view(np.int32) >> 16
+    falling_mass = np.cumsum(np.bincount(bins, weights)[::-1])
+    reached = int(np.searchsorted(falling_mass, mass))
+    if reached == len(falling_mass):  # by rounding alone
+        return np.float32(weights.min())
+    left = mass - (falling_mass[reached - 1] if reached else 0.0)
+    falling = -np.sort(-weights[bins == len(falling_mass) - 1 - reached])
+    last = int(np.searchsorted(np.cumsum(falling, dtype=np.float64), left))
+    return np.float32(falling[min(last, len(falling) - 1)])
+
+
+def _times(ids: NDArray[np.int64], key: np.uint64) -> NDArray[np.float32]:
+    """Exponential numbers of rate 1, above 0, one for each token id and key.
+
+    The mixer is SplitMix64's (Steele, Lea and Flood 2014).
+    """
+    mixed = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    uniform = ((mixed >> np.uint64(40)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)
+    times: NDArray[np.float32] = np.maximum(-np.log(uniform), _SHORTEST)
+    return times
