@@ -187,7 +187,7 @@ def _kept(
         few = total * (1 - params.top_p) / len(weights)
         ids = np.flatnonzero(weights > few)
         weights = weights[ids]
-        inside = weights >= _border(weights, params.top_p * total)
+        inside = np.flatnonzero(weights >= _border(weights, params.top_p * total))
         return ids[inside], weights[inside]
     ids = np.flatnonzero(weights)
     return ids, weights[ids]
@@ -199,7 +199,7 @@ def _border(weights: NDArray[np.float32], mass: float) -> np.float32:
     Only weights whose upper bits are the border's are sorted: bits of positive floats rise with
     them.
     """
-    bins = weights.view(np.int32) >> 16
+    bins = weights.view(np.int32) >> 20  # eight to an octave
     falling_mass = np.cumsum(np.bincount(bins, weights)[::-1])
     reached = int(np.searchsorted(falling_mass, mass))
     if reached == len(falling_mass):  # by rounding alone
