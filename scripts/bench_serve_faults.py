@@ -6,7 +6,11 @@ one. `tests/serve/test_faults.py` asserts that each is handled; here it is said 
 
 import argparse
 import asyncio
+import http.client
+import json
+import logging
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -81,15 +85,45 @@ def rss(pid: int) -> float:
 
 
 def overload(bundle: Path, seconds: float) -> None:
+    """The crowd is a process of its own; a client beside it asks how long a refusal takes."""
     options = ("--slots", SLOTS, "--max-queued-requests", SLOTS)
-    with ServerProcess(bundle, *options) as server:
+    with ServerProcess(bundle, *options) as server, httpx.Client(base_url=server.url) as client:
         print(f"ready {server.seconds_to_ready:.2f} s after the start of the process")
         for times in (1, 2, 10, 25):
-            gaps, refusals = asyncio.run(load(server.url, times * SLOTS, seconds))
-            print(
-                f"{times:>3} x as many clients as slots: token to token {percentiles(gaps)}; "
-                f"429 after {percentiles(refusals)}; RSS {rss(server.process.pid):.0f} MiB"
+            before = metrics(client)
+            command = [sys.executable, __file__, "--load", server.url, "--clients"]
+            crowd = subprocess.Popen(
+                [*command, str(times * SLOTS), "--seconds", str(seconds)], stdout=subprocess.PIPE
             )
+            refused = []
+            while crowd.poll() is None:
+                took, status = probe(server.url)
+                if status == 429:
+                    refused.append(took)
+                time.sleep(0.02)
+            after = metrics(client)
+            name = "time_per_output_token_seconds"
+            each = 1e3 * (after[f"{name}_sum"] - before[f"{name}_sum"])
+            count = after[f"{name}_count"] - before[f"{name}_count"]
+            answered = 'error_responses_total{code="queue_full",status="429"}'
+            print(
+                f"{times:>3} x as many clients as slots: {count:.0f} answers, a token each "
+                f"{each / count:.1f} ms; {after.get(answered, 0) - before.get(answered, 0):.0f} "
+                f"refused, after {percentiles(refused)}; RSS {rss(server.process.pid):.0f} MiB"
+            )
+
+
+def probe(url: str) -> tuple[float, int]:
+    """Milliseconds until the answer to one small request, and its status."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    began = time.perf_counter()
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    headers = {"content-type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps({"prompt": [5]}), headers)
+    status = connection.getresponse().status
+    took = (time.perf_counter() - began) * 1e3
+    connection.close()
+    return took, status
 
 
 def leaving(bundle: Path, times: int) -> None:
@@ -199,8 +233,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each load")
     parser.add_argument("--times", type=int, default=20, help="that clients leave")
+    parser.add_argument("--load", help="be a crowd of clients of this server, and nothing else")
+    parser.add_argument("--clients", type=int, default=SLOTS)
     parser.add_argument("--only", help="one of overload, leaving, signals, executors, scraping")
     given = parser.parse_args()
+    if given.load is not None:
+        asyncio.run(load(given.load, given.clients, given.seconds))
+        return
+    logging.disable()  # failures that are meant are told below
     print(heading(provenance(cpus())))
     with tempfile.TemporaryDirectory() as work:
         bundle = Path(work) / "demo"
