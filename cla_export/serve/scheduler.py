@@ -129,7 +129,8 @@ class Scheduler:
             self._decode()
         except Exception as error:  # not of a step: ours, or a copy between slots
             _log.exception("a tick failed")
-            self.fail_all(Failure(STEP_FAILED, f"the engine failed: {error!r}"), waiting=False)
+            failure = Failure(STEP_FAILED, f"the engine failed: {error!r}")
+            self._outputs += self.fail_all(failure, waiting=False)
             self._count_failure(error)
         return self._outputs
 
@@ -295,11 +296,10 @@ class Scheduler:
         if self._observer:
             for sequence in running:
                 self._observer.ended(sequence, failure.kind)
-        self._outputs += ended
         return ended
 
     def _count_failure(self, error: Exception) -> None:
         self._failures += 1
         if self._failures >= _FATAL:
             self.dead = f"{_FATAL} steps in a row failed, the last with: {error}"
-            self.fail_all(Failure(DEAD, self.dead))
+            self._outputs += self.fail_all(Failure(DEAD, self.dead))

@@ -110,6 +110,11 @@ def open_model(folder: Bundle | Path | str, options: Options) -> Opened:
     bundle = folder if isinstance(folder, Bundle) else open_bundle(folder)
     backend = backend_of(bundle, options.backend)
     fixed = backend in FLAVOURS  # an engine's capacity is what it was built for
+    if fixed and options.kv_memory is not None:
+        raise BadInput(
+            f"--kv-memory does not fit {backend}: an engine's pool is what it was built for; say "
+            "how many of its slots to use with --slots, or build it again"
+        )
     capacity = capacity_of(bundle, options.max_len)
     pool = size_pool(bundle.layout, bundle.dtype, capacity, options.slots, options.kv_memory)
     room = memory()

@@ -5,10 +5,12 @@ import json
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -18,7 +20,7 @@ from fake import FakeExecutor, expected
 from running import PATIENCE, ServerProcess, application, metrics, running, wait_until
 
 from cla_export.bundle import open_bundle
-from cla_export.errors import BadInput
+from cla_export.errors import BadInput, MissingEnvironment
 from cla_export.serve.engine import Limits
 from cla_export.serve.pool import size_pool
 from cla_export.serve.server import Options, check_options, open_model
@@ -381,7 +383,39 @@ def test_options_that_are_refused(options, words):
         check_options(options)
 
 
-def test_other_machines_need_a_key_or_leave(monkeypatch):
+def test_packages_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(MissingEnvironment, match=r"pip install 'cla-export\[serve\]'"):
+        check_options(Options())
+
+
+def test_an_engines_pool_is_what_it_was_built_for(demo_bundle):
+    bundle = open_bundle(demo_bundle, verify=False)
+    bundle = replace(bundle, manifest={**bundle.manifest, "target": "tensorrt"})
+    with pytest.raises(BadInput, match="--kv-memory does not fit tensorrt"):
+        open_model(bundle, Options(kv_memory=2**30))
+
+
+def test_tls(demo_bundle, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj",
+         "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-keyout", str(key), "-out", str(certificate)],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    options = ("--threads", 1, "--ssl-certfile", certificate, "--ssl-keyfile", key)
+    with ServerProcess(demo_bundle, *options) as server:
+        assert server.url.startswith("https://")
+        context = ssl.create_default_context(cafile=str(certificate))
+        assert httpx.get(f"{server.url}/ready", verify=context).status_code == 200
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/ready")
+
+
+def test_other_machines_need_a_key_or_leave():
     check_options(Options(host="0.0.0.0", keys=("sk",)))
     check_options(Options(host="0.0.0.0", allow_no_key=True))
 
