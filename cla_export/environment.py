@@ -138,7 +138,7 @@ def doctor() -> Diagnosis:
         executable=sys.executable,
         platform=platform.platform(),
         cpus=cpus(),
-        memory=_memory(),
+        memory=memory(),
         packages=packages,
         providers=providers,
         torch_cuda=_torch_cuda(by_name["torch"]),
@@ -279,7 +279,7 @@ def machine(threads: int | None) -> dict[str, str | int | None]:
     }
 
 
-def _memory() -> int | None:
+def memory() -> int | None:
     """Bytes of memory, or the container's limit if that is less."""
     found = []
     with suppress(ValueError, OSError, AttributeError):

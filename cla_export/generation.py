@@ -10,7 +10,7 @@ from cla_export.bundle import Bundle, open_bundle
 from cla_export.engines.executor import Executor
 from cla_export.engines.opening import open_executor
 from cla_export.errors import BadInput, BundleError
-from cla_export.sampling import Sampler
+from cla_export.sampling import Sampler, SamplingParams
 from cla_export.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class LoadedModel:
         seed: int = 0,
     ) -> str:
         """The text that follows a prompt. Options as for `stream`."""
-        sampler = Sampler(temperature, top_p, seed)
+        sampler = Sampler(SamplingParams(temperature=temperature, top_p=top_p, seed=seed))
         return "".join(self.stream(prompt, max_new_tokens, sampler))
 
     def stream(
@@ -134,10 +134,10 @@ def load(
         threads=threads,
         module=module,
     )
-    return LoadedModel(bundle, executor, load_tokenizer(bundle.folder), _end_tokens(bundle.folder))
+    return LoadedModel(bundle, executor, load_tokenizer(bundle.folder), end_tokens(bundle.folder))
 
 
-def _end_tokens(folder: Path) -> frozenset[int]:
+def end_tokens(folder: Path) -> frozenset[int]:
     """End tokens by generation_config.json, else config.json: an id, a list of ids, or none."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name

@@ -64,6 +64,9 @@ class SimulatedMemory:
     def download(self, address: int, array: np.ndarray) -> None:
         array[...] = self.at(address, array.shape, array.dtype)
 
+    def copy(self, source: int, target: int, size: int) -> None:
+        self.at(target, (size,), np.uint8)[...] = self.at(source, (size,), np.uint8)
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         assert self.captured is None
         self.captured = []

@@ -21,6 +21,8 @@ COMMANDS = (  # a module each, in the order that --help lists them
     "generate",
     "plan",
     "bench",
+    "serve",
+    "bench_server",
     "doctor",
     "demo",
 )

@@ -37,7 +37,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt, streaming the text."""
-    from cla_export.sampling import Sampler
+    from cla_export.sampling import Sampler, SamplingParams
 
     model = cla_export.load(
         bundle,
@@ -46,7 +46,8 @@ def generate(
         threads=threads,
         module=importable(module),
     )
-    pieces = model.stream(prompt, tokens, Sampler(temperature, top_p, seed))
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
+    pieces = model.stream(prompt, tokens, Sampler(params))
     if as_json:
         show({"prompt": prompt, "text": "".join(pieces)})
         return

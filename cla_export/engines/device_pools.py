@@ -66,6 +66,11 @@ class DevicePools:
             whole[:, : new.shape[1]] = new
             self._memory.upload(self.by_name[f"{group}.{part}"].address(slot), whole)
 
+    def copy(self, source: int, target: int) -> None:
+        """Give one slot all that another holds, on the device."""
+        for pool in self.by_name.values():
+            self._memory.copy(pool.address(source), pool.address(target), pool.slot_bytes)
+
 
 class Inputs:
     """A call's inputs in one block, so that one copy takes them to the GPU."""

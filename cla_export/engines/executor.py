@@ -45,6 +45,9 @@ class Executor(Protocol):
     def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
         """Put keys and values, each [Hkv, T, D], into the first places of a slot."""
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Give one slot the first `tokens` that another holds, in all groups."""
+
 
 class PooledExecutor(ABC):
     """Checks rows and arranges them as a batch; a runtime implements the rest."""
@@ -122,6 +125,11 @@ class PooledExecutor(ABC):
         keep: int,
     ) -> Logits:
         """Run checked rows: input_ids [B, S], starts and counts [B]; logits [B, keep, V]."""
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        for group in range(self.layout.num_groups):
+            keys, values = self.read(group, source)
+            self.write(group, target, keys[:, :tokens], values[:, :tokens])
 
     @abstractmethod
     def read(self, group: int, slot: int) -> Cache:

@@ -118,6 +118,9 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
     def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
         self.pools.write(group, slot, keys, values)
 
+    def copy(self, source: int, target: int, _tokens: int) -> None:
+        self.pools.copy(source, target)
+
     def decode_greedy(
         self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], steps: int = 1
     ) -> NDArray[np.int64]:

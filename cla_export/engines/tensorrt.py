@@ -121,6 +121,9 @@ class TensorRTExecutor(PooledExecutor):
     def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
         self._pools.write(group, slot, keys, values)
 
+    def copy(self, source: int, target: int, _tokens: int) -> None:
+        self._pools.copy(source, target)
+
     def _run(
         self,
         first: int,

@@ -100,6 +100,14 @@ def test_rows_of_several_tokens_run_one_by_one(make, portable: Bundle):
     assert np.abs(got - want).max() <= CLOSE
 
 
+def test_a_slot_is_copied_on_the_device(make):
+    ours = make()
+    text = tokens(20)
+    expected = ours.prefill(1, text, 0)
+    ours.copy(1, 4, 16)
+    assert np.abs(ours.prefill(4, text[16:], 16) - expected).max() <= CLOSE
+
+
 def test_decode_of_the_first_slots_is_captured_after_one_run(make):
     """Each size has a context of its own, which nothing changes after its capture."""
     ours = make()

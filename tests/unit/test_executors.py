@@ -137,6 +137,16 @@ def test_a_slot_used_again_and_one_rewound(zoo: Zoo, make: Make) -> None:
     assert np.abs(logits - stateless_logits(model, other)[5:]).max() <= CLOSE
 
 
+def test_a_slot_that_is_given_what_another_holds(make: Make) -> None:
+    executor = make()
+    text, other = tokens_of(14, 7), tokens_of(9, 8)
+    expected = executor.prefill(0, text, 0)
+    executor.prefill(2, other, 0)
+    executor.copy(0, 2, 10)
+    assert np.abs(executor.prefill(2, text[10:], 10) - expected).max() < CLOSE
+    assert np.abs(executor.prefill(0, text[13:], 13) - expected).max() < CLOSE
+
+
 def test_everything_is_written_in_place(make: Make) -> None:
     """The pools are one allocation for good; a step writes its tokens there and nothing else."""
     executor = make()

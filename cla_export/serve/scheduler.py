@@ -1,0 +1,305 @@
+"""Continuous batching: sequences join and leave between the steps of one batch.
+
+Single-threaded, and knows nothing of queues' limits, threads or HTTP: the engine drives it.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from cla_export.engines.executor import Executor, Logits
+from cla_export.sampling import choose
+from cla_export.serve.requests import (
+    BAD_LOGITS,
+    CANCELLED,
+    DEAD,
+    STEP_FAILED,
+    TIMEOUT,
+    Failure,
+    Output,
+)
+from cla_export.serve.sequence import Sequence
+from cla_export.serve.slots import Slots
+
+Outputs = list[tuple[int, Output]]  # by the sequence's number
+
+CHUNK = 64  # prompt tokens of one call, between two steps of the others
+_FATAL = 3  # failed steps in a row after which the executor is given up
+_log = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """Who is told of steps and ends, for metrics."""
+
+    def stepped(self, phase: str, seconds: float, rows: int, tokens: int) -> None:
+        """A step of phase `prefill` or `decode` ran: rows that it had, tokens that it took."""
+
+    def admitted(self, sequence: Sequence) -> None:
+        """A sequence has a slot."""
+
+    def ended(self, sequence: Sequence, reason: str) -> None:
+        """A sequence has left, for a finish reason or a failure's kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How full it is."""
+
+    waiting: int
+    prefilling: int
+    decoding: int
+    slots: int
+    tokens: int  # held by sequences that run
+
+
+@dataclass(frozen=True, slots=True)
+class SlotView:
+    """What a slot holds: `state` is decoding, prefilling, kept (for reuse) or free."""
+
+    state: str
+    tokens: int
+
+
+class Scheduler:
+    """Runs sequences on an executor's slots.
+
+    Args:
+        executor: owned from now on; what it holds is overwritten.
+        clock: seconds; deadlines are by it.
+        chunk: prompt tokens of one call. A slower executor wants fewer: the others wait for it.
+        observer: who is told.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        clock: Callable[[], float],
+        *,
+        chunk: int = CHUNK,
+        observer: Observer | None = None,
+    ) -> None:
+        self.executor = executor
+        self.chunk = chunk
+        self.waiting: deque[Sequence] = deque()
+        self.prefilling: Sequence | None = None
+        self.active: list[Sequence] = []  # active[i] is in slot i
+        self.generated = 0  # tokens, ever
+        self.dead = ""  # why the executor was given up
+        self._slots = Slots(executor, chunk)
+        self._clock = clock
+        self._observer = observer
+        self._failures = 0  # in a row
+        self._outputs: Outputs = []
+
+    @property
+    def load(self) -> Load:
+        running = [*self.active, *([self.prefilling] if self.prefilling else [])]
+        return Load(
+            waiting=len(self.waiting),
+            prefilling=len(running) - len(self.active),
+            decoding=len(self.active),
+            slots=self.executor.slots,
+            tokens=sum(sequence.length for sequence in running),
+        )
+
+    def view(self) -> list[SlotView]:
+        """Every slot, as of now; another thread may ask, and sees some moment of a tick."""
+        held = [len(tokens) for tokens in self._slots.held]
+        views = [SlotView("kept" if tokens else "free", tokens) for tokens in held]
+        for sequence in list(self.active):
+            views[sequence.slot] = SlotView("decoding", sequence.length)
+        reading = self.prefilling
+        if reading is not None and reading.slot >= 0:
+            views[reading.slot] = SlotView("prefilling", reading.length)
+        return views
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.prefilling or self.active)
+
+    def tick(self, cancelled: frozenset[int] = frozenset()) -> Outputs:
+        """One round: who leaves, who joins, one chunk of a prompt, one token for all others."""
+        self._outputs = []
+        try:
+            self._drop(cancelled)
+            self._admit()
+            self._prefill()
+            self._decode()
+        except Exception as error:  # not of a step: ours, or a copy between slots
+            _log.exception("a tick failed")
+            failure = Failure(STEP_FAILED, f"the engine failed: {error!r}")
+            self._outputs += self.fail_all(failure, waiting=False)
+            self._count_failure(error)
+        return self._outputs
+
+    def _drop(self, cancelled: frozenset[int]) -> None:
+        """Let go of sequences that nobody waits for, or that took too long."""
+        now = self._clock()
+        running = [*self.waiting, *([self.prefilling] if self.prefilling else []), *self.active]
+        for sequence in reversed(running):
+            deadline = sequence.request.deadline
+            if sequence.number in cancelled:
+                self._fail(sequence, Failure(CANCELLED, "the request was cancelled"))
+            elif deadline is not None and now >= deadline:
+                where = f"{sequence.made} tokens" if sequence.made else "before its first token"
+                self._fail(sequence, Failure(TIMEOUT, f"the request's time was up ({where})"))
+
+    def _admit(self) -> None:
+        """Give a free slot to who waits longest; one prompt is read at a time."""
+        if self.prefilling or not self.waiting or len(self.active) == self.executor.slots:
+            return
+        sequence = self.waiting.popleft()
+        self.prefilling = sequence  # now: if the copy fails, it is known to be here
+        reuse = sequence.request.prompt_logprobs is None
+        prompt = sequence.request.prompt if reuse else ()
+        free = range(len(self.active), self.executor.slots)
+        sequence.slot, sequence.cached = self._slots.take(prompt, sequence.request.tenant, free)
+        sequence.length = sequence.cached
+        sequence.admitted = self._clock()
+        if self._observer:
+            self._observer.admitted(sequence)
+
+    def _prefill(self) -> None:
+        """Read one chunk of the prompt; after its last, the sequence joins the others."""
+        sequence = self.prefilling
+        if sequence is None:
+            return
+        request, start = sequence.request, sequence.length
+        piece = request.prompt[start : start + self.chunk]
+        keep = 1 if request.prompt_logprobs is None else len(piece)
+        logits = self._step(
+            "prefill",
+            [sequence],
+            len(piece),
+            lambda: self.executor.prefill(sequence.slot, piece, start, keep),
+        )
+        if logits is None:
+            return
+        sequence.length += len(piece)
+        self._slots.computed(sequence.slot, request.prompt[: sequence.length])
+        sequence.read_prompt(start, logits)
+        if sequence.prompt_done:
+            self._join(sequence)
+            if request.max_tokens == 0:
+                sequence.end_without_tokens()
+                self._settle([sequence])
+            else:
+                self._sample([sequence], logits[-1:])
+
+    def _decode(self) -> None:
+        """One token for every active sequence."""
+        rows = list(self.active)
+        if not rows:
+            return
+        last, lengths = [s.tokens[-1] for s in rows], [s.length for s in rows]
+        logits = self._step(
+            "decode",
+            rows,
+            len(rows),
+            lambda: self.executor.decode(range(len(rows)), last, lengths),
+        )
+        if logits is not None:
+            for sequence in rows:
+                sequence.length += 1
+            self._sample(rows, logits)
+
+    def _step(
+        self, phase: str, rows: list[Sequence], tokens: int, run: Callable[[], Logits]
+    ) -> Logits | None:
+        """Run a step; None, and its rows have failed, if the executor raises."""
+        began = self._clock()
+        try:
+            logits = run()
+        except Exception as error:  # whatever a runtime raises, the others go on
+            _log.exception("a %s step of %d rows failed", phase, len(rows))
+            failure = Failure(STEP_FAILED, f"the {phase} step failed: {error}")
+            for sequence in reversed(rows):
+                self._fail(sequence, failure)
+            self._count_failure(error)
+            return None
+        self._failures = 0
+        if self._observer:
+            self._observer.stepped(phase, self._clock() - began, len(rows), tokens)
+        return logits
+
+    def _sample(self, rows: list[Sequence], logits: Logits) -> None:
+        """Choose a token for each row of logits [B, V], tell it, let go of who is done."""
+        now = self._clock()
+        tokens = choose(logits, [sequence.sampler for sequence in rows])
+        bad = []
+        for sequence, token, row in zip(rows, tokens, logits, strict=True):
+            if token is None:
+                bad.append(sequence)
+                continue
+            sequence.add(token, row)
+            self.generated += 1
+            sequence.first_token = sequence.first_token or now
+            sequence.last_token = now
+        for sequence in reversed(bad):
+            what = f"the model's logits after {len(sequence.tokens)} tokens are not numbers"
+            self._fail(sequence, Failure(BAD_LOGITS, what))
+        self._settle([sequence for sequence in rows if sequence not in bad])
+
+    def _settle(self, rows: list[Sequence]) -> None:
+        """Tell what is new; those that are done leave, the last slot's first."""
+        for sequence in reversed(rows):
+            output = sequence.output()
+            if output is not None:
+                self._outputs.append((sequence.number, output))
+            if sequence.finish is not None:
+                self._leave(sequence, sequence.finish.reason)
+
+    def _join(self, sequence: Sequence) -> None:
+        """Move a sequence whose prompt was read to the end of the active ones."""
+        target, self.prefilling = len(self.active), None
+        self.active.append(sequence)
+        if sequence.slot != target:
+            source, sequence.slot = sequence.slot, target
+            self._slots.move(source, target, sequence.length, self._free())
+
+    def _leave(self, sequence: Sequence, reason: str) -> None:
+        """Take a sequence out; the last active one moves into its place."""
+        if self._observer:
+            self._observer.ended(sequence, reason)
+        if sequence is self.prefilling:
+            self.prefilling = None
+        elif sequence.slot < 0:
+            self.waiting.remove(sequence)
+        else:
+            hole, last = sequence.slot, self.active.pop()
+            if last is not sequence:
+                self.active[hole], last.slot = last, hole
+                self._slots.move(len(self.active), hole, last.length, self._free())
+
+    def _free(self) -> list[int]:
+        busy = self.prefilling.slot if self.prefilling else -1
+        return [s for s in range(len(self.active), self.executor.slots) if s != busy]
+
+    def _fail(self, sequence: Sequence, failure: Failure) -> None:
+        self._outputs.append((sequence.number, sequence.fail(failure)))
+        if failure.kind in (BAD_LOGITS, STEP_FAILED) and sequence.slot >= 0:
+            self._slots.forget(sequence.slot)
+        self._leave(sequence, failure.kind)
+
+    def fail_all(self, failure: Failure, *, waiting: bool = True) -> Outputs:
+        """End every sequence, with or without those that wait; what slots hold is given up."""
+        running = [*self.active, *([self.prefilling] if self.prefilling else [])]
+        self.active, self.prefilling = [], None
+        if waiting:
+            running += self.waiting
+            self.waiting.clear()
+        for slot in range(self.executor.slots):
+            self._slots.forget(slot)
+        ended = [(sequence.number, sequence.fail(failure)) for sequence in running]
+        if self._observer:
+            for sequence in running:
+                self._observer.ended(sequence, failure.kind)
+        return ended
+
+    def _count_failure(self, error: Exception) -> None:
+        self._failures += 1
+        if self._failures >= _FATAL:
+            self.dead = f"{_FATAL} steps in a row failed, the last with: {error}"
+            self._outputs += self.fail_all(Failure(DEAD, self.dead))

@@ -1,0 +1,268 @@
+"""The server process: a bundle is opened, served, and let go of without dropping anybody."""
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cla_export.bundle import Bundle, open_bundle
+from cla_export.engines import onnxruntime_cuda
+from cla_export.engines.executor import Executor, capacity_of
+from cla_export.engines.opening import backend_of, open_executor
+from cla_export.engines.tensorrt_build import FLAVOURS
+from cla_export.environment import memory
+from cla_export.errors import BadInput, MissingEnvironment
+from cla_export.generation import end_tokens
+from cla_export.serve.chat import find_template
+from cla_export.serve.engine import Engine, Limits
+from cla_export.serve.model import ServedModel
+from cla_export.serve.pool import PoolSize, size_pool
+from cla_export.serve.scheduler import CHUNK
+from cla_export.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+_HERE = ("127.0.0.1", "localhost", "::1")
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a bundle is served. Times are seconds, sizes bytes."""
+
+    backend: str | None = None
+    engine: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any that is free
+    slots: int | None = None
+    kv_memory: int | None = None
+    max_len: int | None = None  # tokens of a slot; None: the model's positions
+    chunk: int = CHUNK
+    threads: int | None = None
+    name: str | None = None  # that clients call the model; None: the bundle's folder
+    keys: tuple[str, ...] = ()
+    allow_no_key: bool = False
+    limits: Limits = field(default_factory=Limits)
+    most_body: int = 4 * 2**20
+    request_seconds: float = 600.0
+    shutdown_seconds: float = 30.0
+    certificate: Path | None = None
+    private_key: Path | None = None
+    chat_template: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A bundle that is ready to be served."""
+
+    bundle: Bundle
+    model: ServedModel
+    executor: Executor
+    pool: PoolSize
+
+
+def check_options(options: Options) -> None:
+    """Raise BadInput for what must not be, MissingEnvironment for packages that are not there."""
+    if options.host not in _HERE and not options.keys and not options.allow_no_key:
+        raise BadInput(
+            f"--host {options.host} lets other machines in, and there is no API key: give one "
+            "with --api-key-file, or say --allow-no-key if everybody may use this server"
+        )
+    if (options.certificate is None) != (options.private_key is None):
+        raise BadInput("TLS needs both --ssl-certfile and --ssl-keyfile")
+    for path in (options.certificate, options.private_key):
+        if path is not None and not path.is_file():
+            raise BadInput(f"{path}: no such file")
+    numbers = {
+        "--slots": options.slots,
+        "--max-len": options.max_len,
+        "--chunk": options.chunk,
+        "--threads": options.threads,
+    }
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise BadInput(f"{name} is {number}; expected at least 1")
+    try:
+        import fastapi  # noqa: F401
+        import jinja2  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingEnvironment(
+            f"{error.name} is not installed; pip install 'cla-export[serve]'"
+        ) from error
+
+
+def open_model(folder: Bundle | Path | str, options: Options) -> Opened:
+    """Open a bundle with a pool of the size that was asked for.
+
+    Raises BadInput, BundleError and MissingEnvironment as `open_executor` does; BadInput, with the
+    pool's table, if this machine has no room for it.
+    """
+    bundle = folder if isinstance(folder, Bundle) else open_bundle(folder)
+    backend = backend_of(bundle, options.backend)
+    fixed = backend in FLAVOURS  # an engine's capacity is what it was built for
+    if fixed and options.kv_memory is not None:
+        raise BadInput(
+            f"--kv-memory does not fit {backend}: an engine's pool is what it was built for; say "
+            "how many of its slots to use with --slots, or build it again"
+        )
+    capacity = capacity_of(bundle, options.max_len)
+    pool = size_pool(bundle.layout, bundle.dtype, capacity, options.slots, options.kv_memory)
+    room = memory()
+    if room is not None and pool.total > room and not onnxruntime_cuda.takes(bundle) and not fixed:
+        raise _no_room(pool)
+    try:
+        executor = open_executor(
+            bundle,
+            options.backend,
+            engine=options.engine,
+            capacity=options.max_len if fixed else capacity,
+            slots=None if fixed and options.slots is None else pool.slots,
+            threads=options.threads,
+        )
+    except MemoryError as error:
+        raise _no_room(pool) from error
+    pool = size_pool(bundle.layout, bundle.dtype, executor.capacity, executor.slots, None)
+    model = ServedModel(
+        name=options.name or bundle.folder.resolve().name,
+        created=int(time.time()),
+        capacity=executor.capacity,
+        vocab_size=executor.vocab_size,
+        tokenizer=load_tokenizer(bundle.folder),
+        template=find_template(bundle.folder, options.chat_template),
+    )
+    return Opened(bundle, model, executor, pool)
+
+
+def _no_room(pool: PoolSize) -> BadInput:
+    from cla_export.views.serving import as_text
+
+    return BadInput(
+        f"this machine has no room for a KV pool of {pool.total:,} bytes; give a smaller "
+        f"--kv-memory, fewer --slots or a shorter --max-len\n{as_text(pool)}"
+    )
+
+
+def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
+    """The application without its gate, and its engine, which is not started."""
+    from cla_export.serve.app import Served, create_app
+    from cla_export.serve.handlers import Service
+    from cla_export.serve.metrics import Metrics
+    from cla_export.serve.page import add_page
+    from cla_export.serve.streams import Streams
+
+    bundle, model = opened.bundle, opened.model
+    metrics, streams = Metrics(model.name, bundle.layout, bundle.dtype), Streams()
+    streams.engine = Engine(
+        opened.executor,
+        streams.deliver,
+        tokenizer=model.tokenizer,
+        ends=end_tokens(bundle.folder),
+        chunk=options.chunk,
+        limits=options.limits,
+        observer=metrics,
+    )
+    service = Service(model, streams, options.request_seconds)
+    app = create_app(Served(service, metrics))
+    add_page(app, model, streams.engine, bundle.layout, bundle.dtype, opened.pool)
+    return app, streams.engine
+
+
+def serve(opened: Opened, options: Options, announce: Callable[[str], None]) -> int:
+    """Serve until told to stop; the process's exit code.
+
+    SIGTERM or SIGINT drains: new requests are refused, those that run may finish for
+    `shutdown_seconds`, then end with an error. A second signal stops at once.
+
+    Args:
+        opened: what is served.
+        options: how.
+        announce: called with the address once requests are taken.
+    """
+    import uvicorn
+
+    from cla_export.serve.gate import Gate
+
+    app, engine = create_server(opened, options)
+    refused = app.state.metrics.refused
+    config = uvicorn.Config(
+        Gate(app, options.keys, options.most_body, refused),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        ssl_certfile=options.certificate,
+        ssl_keyfile=options.private_key,
+    )
+    server = _server(config)
+    try:
+        listening = socket.create_server((options.host, options.port))
+    except OSError as error:
+        raise BadInput(
+            f"--host {options.host} --port {options.port}: cannot listen there ({error.strerror})"
+        ) from error
+    scheme = "http" if options.certificate is None else "https"
+    address = f"{scheme}://{options.host}:{listening.getsockname()[1]}"
+    engine.start()
+    return asyncio.run(
+        _run(server, engine, listening, options.shutdown_seconds, lambda: announce(address))
+    )
+
+
+async def _run(
+    server: "uvicorn.Server",
+    engine: Engine,
+    listening: socket.socket,
+    seconds: float,
+    announce: Callable[[], None],
+) -> int:
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
+    code = 0
+
+    def stop() -> None:
+        nonlocal code
+        if told.is_set():
+            code = _INTERRUPTED
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of what is cut short
+            server.should_exit = server.force_exit = True
+        engine.drain()
+        told.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    announce()
+    waiting = asyncio.create_task(told.wait())
+    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    ends = loop.time() + seconds
+    while not server.force_exit and not engine.idle and loop.time() < ends:
+        await asyncio.sleep(0.02)
+    engine.stop(0.0 if server.force_exit else 2.0)
+    await asyncio.sleep(0)  # the last outputs are on their way
+    server.should_exit = True
+    await serving
+    return code
+
+
+def _server(config: "uvicorn.Config") -> "uvicorn.Server":
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Leaves signals to us: uvicorn would refuse connections before anybody has noticed."""
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Server(config)

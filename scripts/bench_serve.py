@@ -1,0 +1,268 @@
+"""What batching brings, and what the scheduler and HTTP cost beside the bare executor's step.
+
+For each number of slots: the bare executor's decode step; the engine's tokens per second with twice
+as many requests as slots; and as many streams over HTTP, whose client is a process of its own on
+the same cores. What the scheduler and HTTP cost is the processor time of their threads for each
+decode step, beside the step's own time: other programs on the machine do not change it, and where
+no core is idle it is what a step takes longer.
+"""
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from provenance import heading, provenance
+from random_model import SHAPE, add_shape_options, config_of, make_model
+
+import cla_export
+from cla_export.bundle import Bundle, open_bundle
+from cla_export.engines.executor import Executor, Logits
+from cla_export.engines.opening import open_executor
+from cla_export.environment import cpus
+from cla_export.sampling import SamplingParams
+from cla_export.serve.engine import Engine
+from cla_export.serve.requests import Output, Request
+from cla_export.serve.scheduler import Outputs
+from cla_export.tokenizer import load_tokenizer
+
+PROMPT, NEW = 64, 96  # tokens of each request
+WARM = 3
+_STEPS = 'cla_export_step_seconds_count{phase="decode"}'
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One number of slots."""
+
+    slots: int
+    sampled: bool
+    step_ms: float  # the bare executor's decode step with all slots busy, its fastest tenth
+    engine_ms: float  # processor time of the engine's thread between two steps, median
+    http_ms: float | None  # of the event loop's, for each step, mean
+    tokens_per_s: float  # of the engine, prompts' reading included
+    http_tokens_per_s: float | None
+
+    @property
+    def overhead(self) -> float:
+        """Both, as a share of the step."""
+        return (self.engine_ms + (self.http_ms or 0.0)) / self.step_ms
+
+
+class Watched:
+    """An executor whose decode steps are timed."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.steps: list[tuple[int, float, float, float]] = []  # rows, seconds; CPU before, after
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._executor, name)
+
+    def decode(self, slots: Sequence[int], *rows: Sequence[int]) -> Logits:
+        before, began = time.thread_time(), time.perf_counter()
+        logits = self._executor.decode(slots, *rows)
+        self.steps.append((len(slots), time.perf_counter() - began, before, time.thread_time()))
+        return logits
+
+    def between_ms(self, rows: int) -> float:
+        """Milliseconds of the calling thread's processor time between two full steps, median."""
+        pairs = pairwise(step for step in self.steps)
+        gaps = [b[2] - a[3] for a, b in pairs if a[0] == b[0] == rows]
+        return float(np.median(gaps)) * 1e3
+
+
+def requests(bundle: Bundle, count: int, sampled: bool) -> list[Request]:
+    random = np.random.default_rng(0)
+    heat = 0.8 if sampled else 0.0
+    return [
+        Request(
+            tuple(random.integers(3, bundle.vocab_size, PROMPT).tolist()),
+            NEW,
+            SamplingParams(temperature=heat, top_p=0.95 if sampled else 1.0, seed=index),
+            ignore_eos=True,
+            stream=True,
+        )
+        for index in range(count)
+    ]
+
+
+def measure(bundle: Bundle, slots: int, sampled: bool, threads: int | None, http: bool) -> Row:
+    executor = open_executor(bundle, slots=slots, capacity=PROMPT + NEW, threads=threads)
+    watched = Watched(executor)
+    arrived: queue.SimpleQueue[tuple[int, Output]] = queue.SimpleQueue()
+
+    def deliver(outputs: Outputs) -> None:
+        for output in outputs:
+            arrived.put(output)
+
+    engine = Engine(watched, deliver, tokenizer=load_tokenizer(bundle.folder))
+    engine.start()
+    asked = requests(bundle, 2 * slots, sampled)
+    began = time.perf_counter()
+    engine.submit(asked)
+    left = len(asked)
+    while left:
+        _, output = arrived.get()
+        assert output.failure is None, output.failure
+        left -= output.last
+    seconds = time.perf_counter() - began
+    engine.stop()
+    found = serve_http(bundle, slots, sampled, threads) if http else (None, None)
+    return Row(
+        slots=slots,
+        sampled=sampled,
+        step_ms=bare_step(executor, slots),
+        engine_ms=watched.between_ms(slots),
+        http_ms=found[0],
+        tokens_per_s=len(asked) * NEW / seconds,
+        http_tokens_per_s=found[1],
+    )
+
+
+def bare_step(executor: Executor, slots: int) -> float:
+    """Milliseconds of decode with `slots` rows in the middle of their answers."""
+    times, rows = [], range(slots)
+    for step in range(WARM + NEW // 2):
+        began = time.perf_counter()
+        executor.decode(rows, [5] * slots, [PROMPT + NEW // 4 + step] * slots)
+        times.append(time.perf_counter() - began)
+    return float(np.percentile(times[WARM:], 10)) * 1e3
+
+
+CLIENT = """
+import asyncio, json, sys
+host, port, bodies = sys.argv[1], int(sys.argv[2]), json.load(sys.stdin)
+async def one(body):
+    reader, writer = await asyncio.open_connection(host, port)
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\\r\\nhost: x\\r\\ncontent-type: application/json\\r\\n"
+    writer.write(head.encode() + f"content-length: {len(content)}\\r\\n\\r\\n".encode() + content)
+    tail = b""
+    while b"[DONE]" not in tail:
+        piece = await reader.read(65536)
+        assert piece, tail
+        tail = tail[-64:] + piece
+    writer.close()
+async def main():
+    await asyncio.gather(*(one(body) for body in bodies))
+asyncio.run(main())
+"""
+
+
+def serve_http(
+    bundle: Bundle, slots: int, sampled: bool, threads: int | None
+) -> tuple[float, float]:
+    """Milliseconds of the event loop's processor time a decode step, and tokens per second."""
+    import httpx
+
+    options = ["--port", "0", "--slots", slots, "--max-len", PROMPT + NEW]
+    options += [] if threads is None else ["--threads", threads]
+    command = [sys.executable, "-m", "cla_export.cli", "serve", bundle.folder, *options]
+    server = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        url = next(line.split()[-1] for line in server.stderr if line.startswith("serving "))
+        bodies = [
+            {
+                "prompt": list(request.prompt),
+                "max_tokens": NEW,
+                "temperature": request.sampling.temperature,
+                "top_p": request.sampling.top_p,
+                "seed": index,
+                "ignore_eos": True,
+                "stream": True,
+            }
+            for index, request in enumerate(requests(bundle, slots, sampled))
+        ]
+        client = [sys.executable, "-c", CLIENT, *url.removeprefix("http://").split(":")]
+        rounds = []
+        for _ in range(4):  # the first warms up
+            before = _metrics(httpx.get(f"{url}/metrics").text), _loop_seconds(server.pid)
+            began = time.perf_counter()
+            subprocess.run(client, input=json.dumps(bodies), text=True, check=True)
+            seconds = time.perf_counter() - began
+            after = _metrics(httpx.get(f"{url}/metrics").text), _loop_seconds(server.pid)
+            steps = after[0][_STEPS] - before[0].get(_STEPS, 0)
+            rounds.append(((after[1] - before[1]) / steps * 1e3, slots * NEW / seconds))
+    finally:
+        server.terminate()
+        server.wait()
+    return float(np.mean([ms for ms, _ in rounds[1:]])), max(rate for _, rate in rounds[1:])
+
+
+def _loop_seconds(pid: int) -> float:
+    """Processor time of a process's first thread, in steps of 10 ms."""
+    stat = Path(f"/proc/{pid}/task/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2]
+    user, system = stat.split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _metrics(text: str) -> dict[str, float]:
+    lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in lines}
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| slots | tokens | step, ms | engine, ms | HTTP, ms | both | tokens/s | x 1 slot "
+        "| tokens/s over HTTP |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        one = next(r for r in rows if r.sampled == row.sampled)
+        http = ("", "")
+        if row.http_ms is not None:
+            http = (f"{row.http_ms:.2f}", f"{row.http_tokens_per_s:.0f}")
+        lines.append(
+            f"| {row.slots} | {'sampled' if row.sampled else 'greedy'} | {row.step_ms:.2f} "
+            f"| {row.engine_ms:.2f} | {http[0]} | {row.overhead:.0%} | {row.tokens_per_s:.0f} "
+            f"| {row.tokens_per_s / one.tokens_per_s:.2f} | {http[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, help="a bundle, in place of a random model")
+    parser.add_argument("--slots", default="1,8,16")
+    parser.add_argument("--factor", type=int, default=2, help="layers that share a cache")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--greedy-only", action="store_true")
+    parser.add_argument("--no-http", action="store_true")
+    parser.add_argument("--output", type=Path, help="file for the result, as JSON")
+    add_shape_options(parser)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        folder = given.bundle
+        if folder is None:
+            folder = Path(work) / "bundle"
+            make_model(Path(work) / "model", config_of(given, given.factor, 1024))
+            cla_export.export(Path(work) / "model", folder)
+        bundle = open_bundle(folder)
+        rows = [
+            measure(bundle, slots, sampled, given.threads, not given.no_http)
+            for sampled in ((False,) if given.greedy_only else (False, True))
+            for slots in map(int, given.slots.split(","))
+        ]
+    head = provenance(given.threads or cpus())
+    print(heading(head))
+    shape = given.bundle or {name: getattr(given, name) for name in SHAPE}
+    print(f"Prompts of {PROMPT} tokens, {NEW} new ones; {shape}\n")
+    print(table(rows))
+    if given.output is not None:
+        given.output.write_text(json.dumps({**head, "rows": [asdict(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()

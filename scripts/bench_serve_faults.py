@@ -1,0 +1,261 @@
+"""Figures for what goes wrong: overload, clients that leave or do not read, signals, hangs.
+
+The demo model is served by the real command; what only an executor can do wrong is done by a fake
+one. `tests/serve/test_faults.py` asserts that each is handled; here it is said how fast.
+"""
+
+import argparse
+import asyncio
+import http.client
+import json
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import numpy as np
+from provenance import heading, provenance
+
+import cla_export
+from cla_export.environment import cpus
+from cla_export.serve.engine import Limits
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "serve"))
+from fake import FakeExecutor
+from running import ServerProcess, application, metrics, running, wait_until
+
+SLOTS = 4
+BODY = {"prompt": "And it came to pass", "max_tokens": 48, "ignore_eos": True, "stream": True}
+Ms = Sequence[float]
+
+
+def percentiles(values: Ms) -> str:
+    if not len(values):
+        return "none"
+    p50, p99 = np.percentile(values, [50, 99])
+    return f"p50 {p50:.1f}, p99 {p99:.1f} ms ({len(values)})"
+
+
+async def one(client: httpx.AsyncClient, gaps: list[float], refusals: list[float]) -> None:
+    """One stream: the gaps between its events, or how long its refusal took."""
+    began = last = time.perf_counter()
+    async with client.stream("POST", "/v1/completions", json=BODY) as response:
+        if response.status_code != 200:
+            refusals.append((time.perf_counter() - began) * 1e3)
+            await response.aread()
+            return
+        first = True
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                now = time.perf_counter()
+                if not first:
+                    gaps.append((now - last) * 1e3)
+                first, last = False, now
+
+
+async def load(url: str, clients: int, seconds: float) -> tuple[list[float], list[float]]:
+    """Clients that ask again as soon as they are answered, and a tenth of a second after a 429."""
+    gaps: list[float] = []
+    refusals: list[float] = []
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+        ends = time.perf_counter() + seconds
+
+        async def again() -> None:
+            while time.perf_counter() < ends:
+                before = len(refusals)
+                await one(client, gaps, refusals)
+                if len(refusals) > before:
+                    await asyncio.sleep(0.1)
+
+        await asyncio.gather(*(again() for _ in range(clients)))
+    return gaps, refusals
+
+
+def rss(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return int(next(s.split()[1] for s in status.splitlines() if s.startswith("VmRSS"))) / 1024
+
+
+def overload(bundle: Path, seconds: float) -> None:
+    """The crowd is a process of its own; a client beside it asks how long a refusal takes."""
+    options = ("--slots", SLOTS, "--max-queued-requests", SLOTS)
+    with ServerProcess(bundle, *options) as server, httpx.Client(base_url=server.url) as client:
+        print(f"ready {server.seconds_to_ready:.2f} s after the start of the process")
+        for times in (1, 2, 10, 25):
+            before = metrics(client)
+            command = [sys.executable, __file__, "--load", server.url, "--clients"]
+            crowd = subprocess.Popen(
+                [*command, str(times * SLOTS), "--seconds", str(seconds)], stdout=subprocess.PIPE
+            )
+            refused = []
+            while crowd.poll() is None:
+                took, status = probe(server.url)
+                if status == 429:
+                    refused.append(took)
+                time.sleep(0.02)
+            after = metrics(client)
+            name = "time_per_output_token_seconds"
+            each = 1e3 * (after[f"{name}_sum"] - before[f"{name}_sum"])
+            count = after[f"{name}_count"] - before[f"{name}_count"]
+            answered = 'error_responses_total{code="queue_full",status="429"}'
+            print(
+                f"{times:>3} x as many clients as slots: {count:.0f} answers, a token each "
+                f"{each / count:.1f} ms; {after.get(answered, 0) - before.get(answered, 0):.0f} "
+                f"refused, after {percentiles(refused)}; RSS {rss(server.process.pid):.0f} MiB"
+            )
+
+
+def probe(url: str) -> tuple[float, int]:
+    """Milliseconds until the answer to one small request, and its status."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    began = time.perf_counter()
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    headers = {"content-type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps({"prompt": [5]}), headers)
+    status = connection.getresponse().status
+    took = (time.perf_counter() - began) * 1e3
+    connection.close()
+    return took, status
+
+
+def leaving(bundle: Path, times: int) -> None:
+    with (
+        ServerProcess(bundle, "--slots", SLOTS) as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        for stream in (True, False):
+            freed = []
+            for _ in range(times):
+                gone = threading.Event()
+                body = BODY | {"max_tokens": 1500, "stream": stream}
+
+                def leave(body: object = body, gone: threading.Event = gone) -> None:
+                    with suppress(httpx.ReadTimeout), httpx.Client(timeout=0.15) as other:
+                        address = f"{server.url}/v1/completions"
+                        with other.stream("POST", address, json=body) as response:
+                            next(response.iter_raw())
+                    gone.set()
+
+                threading.Thread(target=leave).start()
+                gone.wait()
+                freed.append(wait_until(lambda: running(client) == 0) * 1e3)
+            now = metrics(client)
+            print(
+                f"a client leaves {'a stream' if stream else 'while it waits'}: slot free after "
+                f"{percentiles(freed)}; cache in use then: {now['kv_cache_usage_perc']:.0%}"
+            )
+
+
+def signals(bundle: Path) -> None:
+    for what, numbers in (
+        ("SIGTERM when idle", (signal.SIGTERM,)),
+        ("SIGTERM with a stream of 200 tokens", (signal.SIGTERM,)),
+        ("two signals with that stream", (signal.SIGTERM, signal.SIGINT)),
+        ("SIGKILL", (signal.SIGKILL,)),
+    ):
+        with ServerProcess(bundle, "--slots", SLOTS) as server:
+            if "stream" in what:
+                body = BODY | {"max_tokens": 200}
+                threading.Thread(target=_read, args=(server.url, body), daemon=True).start()
+                with httpx.Client(base_url=server.url) as client:
+                    wait_until(lambda: running(client) == 1)
+            began = time.perf_counter()
+            for number in numbers:
+                server.signal(number)
+                time.sleep(0.02 if len(numbers) > 1 else 0)
+            code = server.wait()
+            print(f"{what}: exit {code} after {time.perf_counter() - began:.2f} s")
+
+
+def _read(url: str, body: object) -> None:
+    with suppress(httpx.HTTPError):
+        httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+
+def executors() -> None:
+    for what, step, limit in (("hangs", 60.0, 0.5), ("raises", 0.0, 60.0)):
+        executor, release = FakeExecutor(2), threading.Event()
+
+        def before(_rows: object, step: float = step, release: threading.Event = release) -> None:
+            if not step:
+                raise RuntimeError("device lost")
+            release.wait(step)
+
+        limits = Limits(step_seconds=limit)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            application(executor, Path(folder), limits=limits) as (url, _),
+        ):
+            executor.before = before
+            began = time.perf_counter()
+            answers = [
+                httpx.post(f"{url}/v1/completions", json={"prompt": [1]}, timeout=60).status_code
+                for _ in range(3)
+            ]
+            health = httpx.get(f"{url}/health").status_code
+            print(
+                f"an executor that {what}: answers {answers}, /health {health} after "
+                f"{time.perf_counter() - began:.2f} s"
+                + (f", {limit} s allowed to a step" if step else "")
+            )
+            release.set()
+
+
+def scraping(bundle: Path, seconds: float) -> None:
+    with ServerProcess(bundle, "--slots", SLOTS) as server:
+        stop = threading.Event()
+
+        def scrape() -> None:
+            with httpx.Client(base_url=server.url) as client:
+                while not stop.wait(0.1):
+                    metrics(client)
+
+        for what in ("alone", "with /metrics read ten times a second"):
+            thread = threading.Thread(target=scrape)
+            if what != "alone":
+                thread.start()
+            gaps, _ = asyncio.run(load(server.url, SLOTS, seconds))
+            stop.set()
+            if what != "alone":
+                thread.join()
+            print(f"token to token {what}: {percentiles(gaps)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each load")
+    parser.add_argument("--times", type=int, default=20, help="that clients leave")
+    parser.add_argument("--load", help="be a crowd of clients of this server, and nothing else")
+    parser.add_argument("--clients", type=int, default=SLOTS)
+    parser.add_argument("--only", help="one of overload, leaving, signals, executors, scraping")
+    given = parser.parse_args()
+    if given.load is not None:
+        asyncio.run(load(given.load, given.clients, given.seconds))
+        return
+    logging.disable()  # failures that are meant are told below
+    print(heading(provenance(cpus())))
+    with tempfile.TemporaryDirectory() as work:
+        bundle = Path(work) / "demo"
+        cla_export.export(cla_export.demo_checkpoint(), bundle)
+        parts: dict[str, Callable[[], None]] = {
+            "overload": lambda: overload(bundle, given.seconds),
+            "leaving": lambda: leaving(bundle, given.times),
+            "signals": lambda: signals(bundle),
+            "executors": executors,
+            "scraping": lambda: scraping(bundle, given.seconds),
+        }
+        for name, run in parts.items():
+            if given.only in (None, name):
+                run()
+
+
+if __name__ == "__main__":
+    main()

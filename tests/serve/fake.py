@@ -1,0 +1,77 @@
+"""An executor without a model, whose logits depend on every token that a slot holds.
+
+Its cache is the tokens themselves: a copy that is wrong, or a length, gives other logits.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
+from cla_export.layout import KVLayout
+
+VOCAB = 50
+
+
+def logits_after(tokens: list[int], vocab: int = VOCAB) -> Logits:
+    """Normal numbers [V], the same for the same tokens."""
+    digest = hashlib.sha256(np.array(tokens, np.int64).tobytes()).digest()
+    return np.random.default_rng(list(digest[:16])).standard_normal(vocab).astype(np.float32) * 3
+
+
+class FakeExecutor(PooledExecutor):
+    """`before` is called with the rows' tokens before each step; it may raise."""
+
+    backend = "fake"
+
+    def __init__(self, slots: int = 4, capacity: int = 64, vocab: int = VOCAB) -> None:
+        layout = KVLayout.create([0, 0], kv_heads=1, head_dim=1)
+        super().__init__(layout, capacity, slots, vocab)
+        self.pool = np.full((slots, 1, capacity, 1), -7, np.int64)
+        self.calls: list[tuple[int, list[int], list[int]]] = []  # first slot, starts, counts
+        self.before: Callable[[list[list[int]]], None] = lambda _rows: None
+        self.change: Callable[[list[int], Logits], Logits] = lambda _tokens, logits: logits
+
+    def read(self, group: int, slot: int) -> Cache:
+        return self.pool[slot], self.pool[slot]
+
+    def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
+        self.pool[slot, :, : keys.shape[1]] = keys
+
+    def _run(
+        self,
+        first: int,
+        input_ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        keep: int,
+    ) -> Logits:
+        self.calls.append((first, starts.tolist(), counts.tolist()))
+        rows = []
+        for slot, (row, start, count) in enumerate(
+            zip(input_ids, starts, counts, strict=True), first
+        ):
+            self.pool[slot, 0, start : start + count, 0] = row[:count]
+            rows.append(self.pool[slot, 0, : start + count, 0].tolist())
+        self.before(rows)
+        return np.stack(
+            [
+                np.stack(
+                    [
+                        self.change(row[:end], logits_after(row[:end], self.vocab_size))
+                        for end in range(len(row) - keep + 1, len(row) + 1)
+                    ]
+                )
+                for row in rows
+            ]
+        )
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    """What greedy generation gives."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(logits_after(tokens).argmax()))
+    return tokens[len(prompt) :]
