@@ -106,6 +106,7 @@ def _dims(value: ir.Value, known: Mapping[object, int], depth: int = 64) -> list
 
 
 def understand(model: ir.Model, spelt: Spelt) -> Meaning:
+    """Raises Refused where it is not attention, GraphError where its mask is none of a cache's."""
     where = describe(spelt.softmax)
     beside = _beside(spelt)
     mask = {value.name for value in beside}
@@ -170,25 +171,31 @@ def _extract(
 def _bounds(spelt: Spelt, graph: ir.Graph, ends: list[ir.Value]) -> dict[ir.Value, None]:
     """Where the operators in between begin: q, k, v, the inputs, and what only has a shape."""
     inner = inner_values(spelt)
-    bounds = dict.fromkeys([*inner, *graph.inputs])
+    ids = [value for value in graph.inputs if value.name == "input_ids"]
+    measured: dict[ir.Value, None] = {}
     stack: list[ir.Value | None] = [*ends]
     seen: set[ir.Value] = set()
     while stack:
         value = stack.pop()
-        if value is None or value in seen or value in bounds:
+        if value is None or value in seen or value in inner:
             continue
         seen.add(value)
         node = value.producer()
         if node is None and value.is_initializer() and constant(value) is None:
             raise Refused(f"weight {value.name} takes part in it")
+        if value in ids:
+            raise Refused(
+                "it depends on the tokens of input_ids (padding?); rows are padded on the right, "
+                "and their lengths are inputs of the exported graph"
+            )
         if node is None:
             continue
-        measured = node.op_type in ("Shape", "Size") and inner.isdisjoint(chain(node.inputs[0]))
-        if measured:
-            bounds |= dict.fromkeys(v for v in node.inputs if v is not None)
+        if node.op_type in ("Shape", "Size") and inner.isdisjoint(chain(node.inputs[0])):
+            measured |= dict.fromkeys(v for v in node.inputs if v is not None)
         else:
             stack.extend(node.inputs)
-    return bounds
+    shapes_only = (value for value in measured if value not in seen)
+    return dict.fromkeys([*inner, *graph.inputs, *shapes_only])
 
 
 def _random(spelt: Spelt, length: int, size: float) -> tuple[Array, Array, Array]:
@@ -284,7 +291,7 @@ def _attention(
 def _numbers(spelt: Spelt) -> set[float]:
     """Scalar constants on the way from q and k to the softmax."""
     found = set()
-    for value in above(spelt.softmax.inputs[0], inner_values(spelt)):
+    for value in _above(spelt.softmax.inputs[0], inner_values(spelt)):
         array = constant(value)
         if array is not None and array.size == 1 and array.dtype.kind not in "biu":
             found.add(abs(float(array.item())))
@@ -304,30 +311,31 @@ def _beside(spelt: Spelt) -> set[ir.Value]:
         return known[value]
 
     found: set[ir.Value] = set()
-    for value in above(spelt.softmax.inputs[0], inner):
+    for value in _above(spelt.softmax.inputs[0], inner):
         node = value.producer()
         if node is None or node.op_type in AXES_ONLY or not scored(value):
             continue
         for beside in node.inputs:
             if beside is not None and not scored(beside):
-                found |= above(beside, inner)
+                found |= _above(beside, inner)
     return found
 
 
 def _operators_above(value: ir.Value | None, inner: set[ir.Value]) -> set[str]:
-    nodes = (above.producer() for above in above(value, inner))
+    nodes = (each.producer() for each in _above(value, inner))
     return {node.op_type for node in nodes if node is not None}
 
 
-def above(value: ir.Value | None, inner: set[ir.Value]) -> set[ir.Value]:
+def _above(value: ir.Value | None, inner: set[ir.Value]) -> set[ir.Value]:
+    """Every value whose elements a value is computed from, looking no further than `inner`."""
     seen: set[ir.Value] = set()
     stack = [value]
     while stack:
-        above = stack.pop()
-        if above is None or above in seen or above in inner:
+        each = stack.pop()
+        if each is None or each in seen or each in inner:
             continue
-        seen.add(above)
-        node = above.producer()
+        seen.add(each)
+        node = each.producer()
         if node is not None and node.op_type not in ("Shape", "Size"):
             stack.extend(node.inputs)
     return seen

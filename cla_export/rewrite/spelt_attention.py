@@ -181,4 +181,5 @@ def _laid_out(value: ir.Value) -> Iterator[ir.Value]:
 
 
 def inner_values(spelt: Spelt) -> set[ir.Value]:
+    """q, k and v, at which looking upwards ends."""
     return {spelt.query.value, spelt.key.value, spelt.value.value}

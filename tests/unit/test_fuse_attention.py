@@ -148,7 +148,11 @@ def traced(
 ) -> Path:
     torch.manual_seed(0)
     owners = owners or [0] * len(attends)
-    model = Decoder(attends, owners, kv_heads).to(dtype).eval()
+    return saved(path, Decoder(attends, owners, kv_heads).to(dtype), opset)
+
+
+def saved(path: Path, model: Decoder, opset: int) -> Path:
+    model.eval()
     given = torch.randint(0, VOCAB, (2, 5)), torch.arange(5).repeat(2, 1)
     names = {"input_names": ["input_ids", "position_ids"], "output_names": ["logits"]}
     with warnings.catch_warnings():
@@ -239,6 +243,23 @@ def test_what_is_something_else_is_refused(tmp_path: Path, attend: Attend, messa
     with pytest.raises(GraphError, match=message):
         rewrite_graph(path, tmp_path / "stateful.onnx")
     assert not (tmp_path / "stateful.onnx").exists()
+
+
+def test_padding_that_a_mask_reads_off_the_tokens(tmp_path: Path) -> None:
+    class Padded(Decoder):
+        def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            self.hidden = (input_ids == 2)[:, None, None]
+            return super().forward(input_ids, position_ids)
+
+        def padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = (q @ repeated(k).mT).masked_fill(~tril(q.shape[2]), -math.inf)
+            return scores.masked_fill(self.hidden, -1e30).softmax(-1) @ repeated(v)
+
+    model = Padded([plain], [0], KV_HEADS)
+    model.attends = [model.padded]
+    path = saved(tmp_path / "stateless.onnx", model, 20)
+    with pytest.raises(GraphError, match="depends on the tokens of input_ids"):
+        rewrite_graph(path, tmp_path / "stateful.onnx")
 
 
 def test_one_that_cannot_be_cached_beside_one_that_can(tmp_path: Path) -> None:
