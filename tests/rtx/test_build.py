@@ -10,8 +10,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from graphs_to_refuse import WRONG
-from models_zoo import HEADS, MIXED, PATTERNS, Zoo
+from models_zoo import HEADS, MIXED, PATTERNS, Zoo, make_checkpoint
 
 import cla_export
 from cla_export.engines import tensorrt_build
@@ -74,6 +75,17 @@ def test_a_timing_cache_is_written_and_read(zoo: Zoo, tmp_path):
     for _ in range(2):
         build(bundle, compute_capabilities=ADA, timing_cache=str(cache), force=True, **SMALL)
         assert cache.stat().st_size > 0
+
+
+def test_weights_that_lie_in_the_checkpoint(zoo: Zoo, tmp_path):
+    """The builder reads them where they are, like ONNX Runtime; the onnx package would not."""
+    source = make_checkpoint(tmp_path / "model", dtype=torch.float16, **MIXED)
+    options = {"target": "tensorrt-rtx", "dtype": "fp16", "weights": "link"}
+    with patch("cla_export.trace.trace", zoo.trace):
+        bundle = cla_export.export(source, tmp_path / "linked", **options)
+    assert bundle.linked == ["model.safetensors"]
+    built = build(bundle, compute_capabilities=ADA, **SMALL)
+    assert built.record["engine"]["bytes"] > 10_000
 
 
 def test_float32_is_decomposed(zoo: Zoo, tmp_path):
