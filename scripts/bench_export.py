@@ -60,7 +60,7 @@ dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 dest.mkdir()
 torch.onnx.export(
     module, (ids, positions), dest / "model.onnx", dynamo=True, opset_version=23,
-    dynamic_shapes=(dynamic, dynamic, None), external_data=True, verbose=False,
+    dynamic_shapes=(dynamic, dynamic), external_data=True, verbose=False,
     input_names=["input_ids", "position_ids"], output_names=["logits"],
 )
 """

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from models_zoo import make_checkpoint
 from test_readme import ROOT, blocks
-
-import cla_export
 
 ACTIONS = {  # what each takes, of what the workflow gives
     "actions/checkout@v4": set(),
@@ -39,9 +38,7 @@ def place(tmp_path):
     (tmp_path / "bin" / "pip").chmod(0o755)
     repository = tmp_path / "repository"
     model = repository / "my-model"
-    model.mkdir(parents=True)
-    for path in cla_export.demo_checkpoint().iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
+    make_checkpoint(model, kv_owner=(0, 0))
     folders = [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
     environment = {
         **os.environ,
