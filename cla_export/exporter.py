@@ -110,14 +110,17 @@ def export(
     spec = checkpoint.spec
     torch_dtype: torch.dtype = getattr(torch, DTYPES[dtype])
     files = linkable(checkpoint, DTYPES[dtype], "copy" if quantization else weights)
-    all_bytes = spec.parameters() * torch_dtype.itemsize
     with (
-        new_folder(dest, force=force, needed_bytes=0 if files else all_bytes) as folder,
+        new_folder(dest, force=force, needed_bytes=0) as folder,
         background_digests(checkpoint_files(checkpoint)) as digests,
     ):
         taken_in = take_in(files, folder, required=weights == "link")
-        if len(taken_in) < len(files):
-            require_space(folder.parent, all_bytes)
+        in_place = sum(
+            entry.nbytes
+            for entry in checkpoint.tensors.values()
+            if entry.path in taken_in and not entry.parts
+        )
+        require_space(folder.parent, spec.parameters() * torch_dtype.itemsize - in_place)
         family = checkpoint.family
         progress("trace", 1, steps)
         stateless = trace(family, spec, torch_dtype)

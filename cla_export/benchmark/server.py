@@ -64,6 +64,7 @@ class _Answer:
     status: int
     sent: float
     arrivals: tuple[float, ...]  # of events with text
+    tokens: int  # by the usage that the server told; without one, its events
 
 
 def bench_server(
@@ -135,6 +136,7 @@ def _body(seed: int, prompt_tokens: int, new_tokens: int) -> dict[str, object]:
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
 
 
@@ -167,18 +169,20 @@ class _Client:
         reader, writer = await self._send("POST", "/v1/completions", json.dumps(body).encode())
         try:
             status = int((await reader.readline()).split()[1])
-            arrivals, line = [], b" "
+            arrivals, line, tokens = [], b" ", 0
             while line and b"[DONE]" not in line:
                 line = await reader.readline()
                 if line.startswith(b'data: {"error"'):
                     raise RunError(f"/v1/completions: {line.decode(errors='replace').strip()}")
                 if line.startswith(b"data: {"):
-                    arrivals.append(time.perf_counter())
+                    now, told = time.perf_counter(), json.loads(line.removeprefix(b"data: "))
+                    arrivals += [now] if told["choices"] else []
+                    tokens = (told.get("usage") or {}).get("completion_tokens", tokens)
                 if status != 200 and line.startswith(b"{"):
                     break
             if status not in (200, 429, 503):
                 raise RunError(f"/v1/completions: status {status}: {line.decode(errors='replace')}")
-            return _Answer(status, sent, tuple(arrivals))
+            return _Answer(status, sent, tuple(arrivals), tokens or len(arrivals))
         finally:
             writer.close()
 
@@ -221,7 +225,7 @@ def _level(
         answered=len(done),
         refused=len(answers) - len(done),
         seconds=seconds,
-        tokens_per_s=sum(len(answer.arrivals) for answer in done) / seconds,
+        tokens_per_s=sum(answer.tokens for answer in done) / seconds,
         first_token=_percentiles(first),
         between_tokens=_percentiles(np.concatenate(gaps).tolist()),
         whole=_percentiles([1e3 * (answer.arrivals[-1] - answer.sent) for answer in done]),

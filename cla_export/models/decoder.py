@@ -87,7 +87,7 @@ class StatelessDecoder(Decoder):
     def _run(
         self, input_ids: Tensor, position_ids: Tensor, cache: KVCache | None
     ) -> tuple[Tensor, list[KV]]:
-        with _AttentionCalls(self.spec.layout, position_ids, cache) as calls:
+        with _OverCaches(self.spec.layout, position_ids, cache) as calls:
             logits = self.stateless(input_ids, position_ids)
         if calls.layer != self.spec.num_layers:
             raise GraphError(
@@ -97,7 +97,7 @@ class StatelessDecoder(Decoder):
         return logits, calls.groups
 
 
-class _AttentionCalls(TorchFunctionMode):
+class _OverCaches(TorchFunctionMode):
     """Gives each attention the keys and values of its group, from a cache if there is one.
 
     In a float64 run, casts to float32 are left out: modules write them for 16-bit weights.
