@@ -12,6 +12,7 @@ at the same opset and writes a graph without caches. Results: tests/cpu/MEASURED
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -82,14 +83,14 @@ def main() -> int:
     print("| parameters | export | seconds | peak MB resident | MB written |")
     print("|---|---|---|---|---|", flush=True)
     found = []
-    with tempfile.TemporaryDirectory(dir=options.keep and options.keep.parent) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch)
         for size in options.sizes.split(","):
             source = folder / f"{options.model_type}-{size}"
             if not source.exists():
                 make_checkpoint(source, size, options.model_type)
-            count = family_of(json.loads((source / "config.json").read_text()))
-            parameters = count.read_spec(config_of(size, options.model_type)).parameters()
+            config = config_of(size, options.model_type)
+            parameters = family_of(config).read_spec(config).parameters()
             for what, seconds, peak, written in measure(source, folder, options):
                 found.append([size, parameters, what, seconds, peak, written])
                 print(
@@ -118,14 +119,14 @@ def measure(
         )
         own = [path for path in dest.iterdir() if path.name not in made.get("linked", [])]
         yield f"cla-export, {dtype}", seconds, peak, sum(path.stat().st_size for path in own)
-        remove(dest)
+        shutil.rmtree(dest)
     if not options.no_peer:
         warm(source)
         dest = folder / "peer"
         seconds, peak, _ = timed(sys.executable, "-c", PEER, str(source), str(dest))
         written = sum(path.stat().st_size for path in dest.iterdir())
         yield "torch.onnx.export, bfloat16", seconds, peak, written
-        remove(dest)
+        shutil.rmtree(dest)
 
 
 def config_of(size: str, model_type: str) -> dict[str, object]:
@@ -174,12 +175,6 @@ def warm(folder: Path) -> None:
         with path.open("rb") as file:
             while file.read(1 << 24):
                 pass
-
-
-def remove(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
 
 
 if __name__ == "__main__":
