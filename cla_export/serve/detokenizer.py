@@ -18,7 +18,8 @@ class Detokenizer:
 
     A token may hold part of a character, so text is held back while it ends in a broken one. It is
     decoded behind the tokens of the piece before, never alone: a decoder may look at what is there.
-    Pieces and the flush together are the text of all tokens, but for a broken character at the end.
+    Pieces and the flush together are the text of all tokens, but for a broken character at the end
+    (and U+FFFD itself there: no decoder tells them apart).
     """
 
     def __init__(self, decode: Decode, prompt: Sequence[int] = ()) -> None:
