@@ -31,12 +31,15 @@ from cla_export.lower import check_target
 from cla_export.models.checkpoint import Checkpoint, open_checkpoint
 from cla_export.quantization import Quantization
 from cla_export.spec import ModelSpec
+from cla_export.tokenizer import token_stream
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from cla_export.kv_scales import Scales
     from cla_export.lower import Lowered
 
+KV_CACHES = ("int8",)
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ATTENTION = ("auto", "native", "plugin")
 _ATTENTION_KEYS = {  # of each group
@@ -58,6 +61,8 @@ def export(
     target: str = "onnxruntime",
     dtype: str = "fp32",
     quantize: str | None = None,
+    kv_cache: str | None = None,
+    calibration: Path | None = None,
     attention: str | None = None,
     module: str | None = None,
     weights: str = "auto",
@@ -75,6 +80,10 @@ def export(
             tensor by tensor while writing; fp32 holds every checkpoint exactly.
         quantize: `int4` or `int8` weights in place of `dtype`'s; see `quantization`. Target
             `onnxruntime` only.
+        kv_cache: `int8` caches in place of `dtype`'s; see `calibration`. Target `onnxruntime` in
+            fp32 only. The model is loaded into memory to choose scales.
+        calibration: the text that scales of such caches are chosen on; None: the model folder's
+            heldout.txt, or random token ids where it has none.
         attention: of the TensorRT targets: `native`, `plugin`, or `auto` (None), which takes the
             plugin where TensorRT has no kernel of its own.
         module: `package.module:factory` that makes the model's PyTorch module, where no family
@@ -93,6 +102,7 @@ def export(
 
     from cla_export.linked_weights import linkable, take_in
     from cla_export.lower import lower
+    from cla_export.lower.quantize_caches import quantize_caches
     from cla_export.lower.quantize_weights import quantize_weights
     from cla_export.rewrite import rewrite
     from cla_export.trace import trace
@@ -102,6 +112,7 @@ def export(
     if dtype not in DTYPES:
         raise BadInput(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     quantization = _quantization(quantize, target, weights)
+    _check_cache(kv_cache, calibration, target, dtype)
     options = _lowering_options(target, attention)
     source, dest = Path(source), Path(dest)
     steps = 5
@@ -122,6 +133,10 @@ def export(
         )
         require_space(folder.parent, spec.parameters() * torch_dtype.itemsize - in_place)
         family = checkpoint.family
+        scales, origin = None, ""
+        if kv_cache is not None:
+            progress("calibrate", 1, steps)
+            scales, origin = _scales(checkpoint, calibration)
         progress("trace", 1, steps)
         stateless = trace(family, spec, torch_dtype)
         progress("rewrite", 2, steps)
@@ -129,9 +144,11 @@ def export(
         progress("lower", 3, steps)
         lowered = lower(target, canonical.model, spec.layout, **options)
         companions = _companions(target, dtype, canonical.model, spec.layout, quantization)
-        if quantization is not None:
-            for made in (lowered, *companions.values()):
+        for made in (lowered, *companions.values()):
+            if quantization is not None:
                 quantize_weights(made.model, quantization, spec.tied)
+            if scales is not None:
+                quantize_caches(made.model, spec.layout, scales)
         progress("write", 4, steps)
         constants = family.constants(spec)
         attach(lowered.model, checkpoint, constants, quantization, taken_in, folder)
@@ -141,6 +158,8 @@ def export(
         _copy_files(checkpoint, folder, target)
         found = digests()
         manifest = _manifest(checkpoint, lowered, companions, DTYPES[dtype], quantization, found)
+        if kv_cache is not None:
+            manifest |= {"kv_cache": {"dtype": kv_cache, "calibrated_on": origin}}
         manifest |= {"linked": sorted(taken_in.values())} if taken_in else {}
         known = {name: found[path] for path, name in taken_in.items()}
         write_manifest(folder, manifest, progress, known)
@@ -165,6 +184,37 @@ def _quantization(quantize: str | None, target: str, weights: str) -> Quantizati
     if weights == "link":
         raise BadInput(f"weights is 'link' and quantize {quantize!r}; such weights are packed anew")
     return Quantization.named(quantize)
+
+
+def _check_cache(
+    kv_cache: str | None, calibration: Path | None, target: str, dtype: str
+) -> None:
+    if kv_cache is None:
+        if calibration is not None:
+            raise BadInput(
+                f"calibration is {str(calibration)!r} and kv_cache is not set; a text is for scales "
+                "of int8 caches"
+            )
+        return
+    if kv_cache not in KV_CACHES:
+        raise BadInput(f"kv_cache is {kv_cache!r}; expected {' or '.join(KV_CACHES)}")
+    if target != "onnxruntime" or dtype != "fp32":
+        raise BadInput(
+            f"kv_cache is {kv_cache!r} for target {target!r} in {dtype}; only `onnxruntime` in fp32, "
+            "on a CPU, has operators for such a cache"
+        )
+
+
+def _scales(checkpoint: Checkpoint, text: Path | None) -> "tuple[list[Scales], str]":
+    """Scales of int8 caches, and what they were chosen on."""
+    from cla_export.calibration import calibrate
+    from cla_export.lower.quantize_caches import check_heads
+    from cla_export.models.checkpoint import load_model
+
+    spec = checkpoint.spec
+    check_heads(spec.layout)
+    stream, origin = token_stream(checkpoint.folder, spec.vocab_size, text)
+    return calibrate(load_model(checkpoint), stream), origin
 
 
 def _lowering_options(target: str, attention: str | None) -> dict[str, str]:

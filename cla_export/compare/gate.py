@@ -15,6 +15,7 @@ from polygraphy.comparator import Comparator, CompareFunc
 from polygraphy.logger import G_LOGGER
 
 from cla_export.bundle import CPU_GRAPH, Bundle, Progress, open_bundle
+from cla_export.calibration import calibrate
 from cla_export.compare.baseline import read_baseline, regressions
 from cla_export.compare.cases import Case, Setup, case_length, make_setups, shape_of
 from cla_export.compare.debug import call_of_interest, check_debug_dir, write_call
@@ -33,8 +34,7 @@ from cla_export.compare.replay import (
 )
 from cla_export.compare.report import ParityReport, TensorResult
 from cla_export.compare.results import tensor_result
-from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
-from cla_export.compare.text import SEED, token_stream
+from cla_export.compare.runners import LOUD, ExecutorRunner, TorchRunner, fill_with_garbage
 from cla_export.compare.thresholds import Threshold, threshold_of
 from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.executor import Executor
@@ -43,14 +43,17 @@ from cla_export.engines.opening import backend_of, open_executor
 from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.environment import processor
 from cla_export.errors import BadInput, BundleError, RunError
+from cla_export.kv_scales import MOST, Scales, from_int8, largest_ratio, read_scales, to_int8
 from cla_export.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from cla_export.models.decoder import Decoder
+from cla_export.tokenizer import SEED, token_stream
 
 _TOOLS = ("torch", "onnxruntime", "onnx", "polygraphy", "numpy")
 _HELD = 64  # tokens whose keys and values stand in for a long context's, over and over
 _ONE_THREAD = 2**24  # parameters
 _ON_GPU = 8192  # tokens a slot holds there, at most
 _SLOTS = 8  # there: more than any case needs
+_SATURATES, _COARSE = 0.5, 8.0  # scales of int8 caches over those of the text that is compared on
 _SHOWN = "decode"  # the case whose layers are shown where nothing fails
 
 
@@ -121,9 +124,11 @@ def compare_bundle(
         positions = min(positions, executor.capacity)
     folder = Path(reference) if reference is not None else bundle.source
     checkpoint = _checkpoint(bundle, folder, bundle.module_named(module))
-    stream, origin = token_stream(bundle, text, seed)
+    stream, origin = token_stream(bundle.folder, bundle.vocab_size, text, seed)
     weights = bundle.quantization
-    arithmetic, threshold = threshold_of(bundle.dtype, weights.name if weights else None)
+    arithmetic, threshold = threshold_of(
+        bundle.dtype, weights.name if weights else None, narrow=bundle.cache_dtype == "int8"
+    )
     report = ParityReport(
         bundle=str(bundle.folder),
         reference=str(folder),
@@ -145,7 +150,7 @@ def compare_bundle(
         plain = Reference.of(model, None, None).exact
         unquantized = perplexity(plain.logits, stream, report.length)
     with _torch_threads(model):
-        sides = _sides(bundle, checkpoint, model, report)
+        sides = _sides(bundle, checkpoint, model, stream, report)
         held = _made_up(sides, stream, min(_HELD, positions), bundle.dtype)
         size = sum(parameter.numel() for parameter in model.parameters())
         setups = make_setups(bundle, positions, stream, seed, size)
@@ -339,7 +344,11 @@ class _Run:
 
 
 def _sides(
-    bundle: Bundle, checkpoint: Checkpoint, model: Decoder, report: ParityReport
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    model: Decoder,
+    stream: Sequence[int],
+    report: ParityReport,
 ) -> Reference:
     """Both sides, with the weights that the bundle's stand for; faults go into the report."""
     reading = read_bundle(bundle, model)
@@ -349,7 +358,22 @@ def _sides(
     if bundle.dtype != "float32":
         rounded = load_model(checkpoint, getattr(torch, bundle.dtype))
         use_quantized(rounded, reading)
-    return Reference.of(model, rounded, bundle.quantization)
+    scales = None
+    if bundle.cache_dtype == "int8":
+        scales = read_scales(bundle.graph, bundle.layout)
+        report.faults += _misfits(scales, calibrate(model, stream))
+    return Reference.of(model, rounded, bundle.quantization, scales)
+
+
+def _misfits(scales: Sequence[Scales], wanted: Sequence[Scales]) -> Iterator[str]:
+    """Scales of int8 caches that are far from what the model asks for on this text."""
+    least, most = largest_ratio(scales, wanted)
+    if least < _SATURATES or most > _COARSE:
+        yield (
+            f"scales of int8 caches are {least:.2g} to {most:.2g} times what the keys and values of "
+            f"this text ask for; expected {_SATURATES:g} to {_COARSE:g} times: calibrate on a text "
+            "like it (export --calibration FILE)"
+        )
 
 
 @contextmanager
@@ -383,11 +407,26 @@ def _made_up(sides: Reference, stream: Sequence[int], count: int, dtype: str) ->
     """Keys and values of some tokens, as the bundle's dtype holds them, in float32."""
     tokens = np.resize(np.asarray(stream, np.int64), count)
     kind = getattr(torch, dtype)
+    groups = sides.exact.forward(tokens)[1]
+    if (scales := sides.native.scales) is not None:
+        return [
+            (
+                from_int8(to_int8(key, of_keys[:, 0]), of_keys[:, 0]),
+                _quiet(value, of_values[:, 0]),
+            )
+            for (key, value), (of_keys, of_values) in zip(groups, scales, strict=True)
+        ]
 
     def stored(part: np.ndarray) -> np.ndarray:
         return torch.from_numpy(part).to(kind).float().numpy()
 
-    return [(stored(key), stored(value)) for key, value in sides.exact.forward(tokens)[1]]
+    return [(stored(key), stored(value)) for key, value in groups]
+
+
+def _quiet(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Values so small that an int8 cache holds them made loud too, and as it holds them."""
+    most = MOST // LOUD
+    return from_int8(to_int8(values / LOUD, scale).clip(-most, most), scale)
 
 
 def _tools(executor: Executor | None) -> dict[str, str]:

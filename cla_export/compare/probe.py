@@ -5,7 +5,7 @@ layers accumulated cannot hide it, and a step that is right stays right behind o
 
     q, k, v             from the layer's input
     key and value cache from k and v (no arithmetic: they must be the same)
-    attention           from q and the caches
+    attention           from q and the caches; int8 ones as the bundle has them
     attention_branch    from attention: the output projection
     mlp                 from the input and the attention branch
     output              from those two and mlp
@@ -76,6 +76,9 @@ class _Steps(TorchFunctionMode):
         """Record [1, H, T, D] of the row's tokens; return it with the bundle's in their place."""
         new = value[:, :, -self._count :]
         self.found.setdefault(key, _tokens_first(new))
+        layer, role = key
+        stored = (layer, CACHES.get(role, role))  # there where caches round what they hold
+        key = stored if stored in self._forced else key
         if key not in self._forced:
             return value
         heads = torch.from_numpy(self._forced[key]).to(value.dtype)  # [S, H * D]

@@ -21,7 +21,7 @@ or logits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,11 +108,31 @@ THRESHOLDS = {
         reason="as int8 weights: activations are rounded alike",
     ),
 }
+INT8_CACHE = "int8 cache"
+_CACHE_PERPLEXITY = 1e-2
+THRESHOLDS |= {
+    INT8_CACHE if name == "float32" else f"{name}, {INT8_CACHE}": replace(
+        row,
+        perplexity=_CACHE_PERPLEXITY,
+        reason="as without: the yardstick rounds keys and values to the bundle's own steps, and both "
+        "sides round nearly all of them alike. Inside the layers attention is recomputed from what "
+        "the caches hold, so that only they may be off by half a step",
+    )
+    for name, row in THRESHOLDS.items()
+    if name in ("float32", "int8 weights", "int4 weights")
+}
 GREEDY_TOKENS = 64  # free-running tokens compared; a disagreement where the reference's two best
 # logits lie closer than twice the logit tolerance is a near-tie, which no rounding can decide
 
 
-def threshold_of(dtype: str, weights: str | None = None) -> tuple[str, Threshold]:
-    """The table's row for a bundle's dtype, and the name of its quantised weights' type if any."""
+def threshold_of(
+    dtype: str, weights: str | None = None, *, narrow: bool = False
+) -> tuple[str, Threshold]:
+    """The table's row for a bundle's dtype, and the name of its quantised weights' type if any.
+
+    `narrow`: its caches are int8.
+    """
     name = dtype if weights is None or dtype != "float32" else f"{weights} weights"
+    if narrow:
+        name = INT8_CACHE if weights is None else f"{name}, {INT8_CACHE}"
     return name, THRESHOLDS[name]

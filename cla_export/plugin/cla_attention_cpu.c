@@ -13,9 +13,9 @@
  * What a loop reads from memory it fetches itself, a little ahead and evenly: a line between some
  * multiplications, since a burst of fetches holds up the loads behind it.
  *
- * A cache may be int8, with a scale for each key/value head and channel. A block of it is made float
- * where it is read, into memory that stays in L2, without the scales: the queries take the keys', and
- * the output the values'. ClaAppend rounds to it.
+ * A cache may be int8, with a scale for each key/value head and channel. The queries take the keys'
+ * scales and the output the values', so that its numbers are only made float: by the dots where they
+ * are loaded, and for the lanes, which read a number many times, block by block. ClaAppend rounds to it.
  *
  * ClaLinear reads a weight as the checkpoint has it, so weights are in memory once, and shared with
  * the file. A few tokens are multiplied along the columns, as dots are; more of them are lanes.
@@ -27,23 +27,28 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "onnxruntime_abi.h"
 
 #if defined(__AVX512F__)
 enum { LANES = 16, PANEL_ROWS = 8, PANELS = 3 };
 #define EACH_PAIR(x) x, x, x, x, x, x, x, x
+#define EACH_STRIDE(f, T) f(1, T) f(2, T) f(4, T) f(8, T)
 #elif defined(__AVX2__)
 enum { LANES = 8, PANEL_ROWS = 4, PANELS = 2 };
 #define EACH_PAIR(x) x, x, x, x
+#define EACH_STRIDE(f, T) f(1, T) f(2, T) f(4, T)
 #else
 enum { LANES = 4, PANEL_ROWS = 4, PANELS = 2 };
 #define EACH_PAIR(x) x, x
+#define EACH_STRIDE(f, T) f(1, T) f(2, T)
 #endif
 enum {
   BLOCK = 128,     /* keys that are scored, then weighted, at a time: they stay in L1 and L2 */
-  AHEAD = 4096,    /* floats of keys, of values or of a weight, fetched before they are used */
-  AHEAD_8 = 2048,  /* int8 numbers of them, likewise */
-  LINE_8 = 64,
+  AHEAD = 4096,    /* numbers of keys, of values or of a weight, fetched before they are used */
   LINE = 16,       /* floats that are fetched at a time */
   KEYS = 8,        /* keys in flight in the loop of lanes */
   TILES = 4,       /* tiles of LANES rows that share a block of keys */
@@ -64,7 +69,17 @@ typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(LANES * 4)))
 
 INLINE vec load(const float *p) { return *(const loose *)p; }
 INLINE void store(float *p, vec v) { *(loose *)p = v; }
-INLINE void fetch(const float *p) { __builtin_prefetch(p, 0, 1); }
+INLINE vec load_int8(const int8_t *p) { /* compilers spell a conversion of vectors out, lane by lane */
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+  return (vec){p[0], p[1], p[2], p[3]};
+#endif
+}
+#define LOAD(p) _Generic((p), const float *: load, const int8_t *: load_int8)(p)
+INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 1); }
 INLINE vec splat(float x) { return (vec){0} + x; }
 INLINE vec pick(ints which, vec a, vec b) { return (vec)((which & (ints)a) | (~which & (ints)b)); }
 INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
@@ -152,20 +167,21 @@ INLINE vec sum_each(vec v[LANES]) {
 
 /* scores[t][stride] of `keys` keys for up to `stride` rows, stride a power of two below LANES;
  * queries [columns / LANES][stride][LANES], scaled, zero where columns overlap. */
-#define SCORE_DOTS(STRIDE)                                                                         \
-  static void score_dots_##STRIDE(const float *restrict k, const float *restrict queries,          \
-                                  float *restrict scores, int keys, int dim) {                     \
+#define SCORE_DOTS(STRIDE, T)                                                                      \
+  static void score_dots_##STRIDE##_##T(const T *restrict k, const float *restrict queries,        \
+                                        float *restrict scores, int keys, int dim) {               \
     enum { AT_ONCE = LANES / STRIDE };                                                             \
     for (int t = 0; t < keys; t += AT_ONCE) {                                                      \
       vec sum[LANES], x[AT_ONCE];                                                                  \
-      const float *row[AT_ONCE];                                                                   \
-      for (int j = 0; j < AT_ONCE; j++) row[j] = k + (size_t)(t + j < keys ? t + j : keys - 1) * dim; \
+      const T *row[AT_ONCE];                                                                       \
+      for (int j = 0; j < AT_ONCE; j++)                                                            \
+        row[j] = k + (size_t)(t + j < keys ? t + j : keys - 1) * dim;                              \
       for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);                                        \
       const float *q = queries;                                                                    \
       for (int c = 0; c < dim; c += LANES, q += STRIDE * LANES) {                                  \
         int column = c + LANES <= dim ? c : dim - LANES;                                           \
         for (int j = 0; j < AT_ONCE; j++) {                                                        \
-          x[j] = load(row[j] + column);                                                            \
+          x[j] = LOAD(row[j] + column);                                                            \
           fetch(row[j] + column + AHEAD);                                                          \
         }                                                                                          \
         for (int r = 0; r < STRIDE; r++) {                                                         \
@@ -176,26 +192,16 @@ INLINE vec sum_each(vec v[LANES]) {
       store(scores + t * STRIDE, sum_each(sum));                                                   \
     }                                                                                              \
   }
-SCORE_DOTS(1)
-SCORE_DOTS(2)
-#if defined(__AVX2__)
-SCORE_DOTS(4)
-#endif
-#if defined(__AVX512F__)
-SCORE_DOTS(8)
-#endif
-
-static void score_few(const float *k, const float *queries, float *scores, int keys, int dim,
-                      int stride) {
-  if (stride == 1) score_dots_1(k, queries, scores, keys, dim);
-  if (stride == 2) score_dots_2(k, queries, scores, keys, dim);
-#if defined(__AVX2__)
-  if (stride == 4) score_dots_4(k, queries, scores, keys, dim);
-#endif
-#if defined(__AVX512F__)
-  if (stride == 8) score_dots_8(k, queries, scores, keys, dim);
-#endif
-}
+#define SCORE_IF(STRIDE, T)                                                                        \
+  if (stride == STRIDE) score_dots_##STRIDE##_##T(k, queries, scores, keys, dim);
+#define SCORE_FEW(T)                                                                               \
+  EACH_STRIDE(SCORE_DOTS, T)                                                                       \
+  static void score_few_##T(const T *k, const float *queries, float *scores, int keys, int dim,    \
+                            int stride) {                                                          \
+    EACH_STRIDE(SCORE_IF, T)                                                                       \
+  }
+SCORE_FEW(float)
+SCORE_FEW(int8_t)
 
 /* ---- weighted values ------------------------------------------------------------------------ */
 
@@ -205,58 +211,63 @@ INLINE int column_of(int c, int dim) { return (c + 1) * LANES <= dim ? c * LANES
 /* Rows, and vectors of each, that are summed at once: as many as there are registers for. */
 #if defined(__AVX512F__)
 enum { MOST_ROWS = 12, MOST_COLUMNS = 8 };
-#define EACH_ROWS(f) f(12, 2) f(6, 4) f(4, 4) f(3, 8) f(2, 8) f(1, 8)
+#define EACH_ROWS(f, T) f(12, 2, T) f(6, 4, T) f(4, 4, T) f(3, 8, T) f(2, 8, T) f(1, 8, T)
 #else
 enum { MOST_ROWS = 3, MOST_COLUMNS = 4 };
-#define EACH_ROWS(f) f(3, 4) f(2, 4) f(1, 4)
+#define EACH_ROWS(f, T) f(3, 4, T) f(2, 4, T) f(1, 4, T)
 #endif
 
 /* out[row][column] += sum over t of weights[t][row] * v[t][column], R rows by C vectors from
  * number `first`. */
-INLINE void weigh_block(const float *restrict v, const float *restrict weights,
-                        float *restrict out, int keys, int dim, int stride, int width, int first,
-                        const int R, const int C) {
-  vec sum[MOST_ROWS][MOST_COLUMNS], x[MOST_COLUMNS];
-  int column[MOST_COLUMNS];
-  out += first * LANES;
-  for (int c = 0; c < C; c++) column[c] = column_of(first + c, dim);
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) sum[r][c] = load(out + r * width + c * LANES);
-  for (int t = 0; t < keys; t++, v += dim, weights += stride) {
-    for (int c = 0; c < C; c++) {
-      x[c] = load(v + column[c]);
-      fetch(v + column[c] + AHEAD);
-    }
-    for (int r = 0; r < R; r++)
-      for (int c = 0; c < C; c++) sum[r][c] += weights[r] * x[c];
+#define WEIGH_BLOCK(T)                                                                             \
+  INLINE void weigh_block_##T(const T *restrict v, const float *restrict weights,                  \
+                              float *restrict out, int keys, int dim, int stride, int width,       \
+                              int first, const int R, const int C) {                               \
+    vec sum[MOST_ROWS][MOST_COLUMNS], x[MOST_COLUMNS];                                             \
+    int column[MOST_COLUMNS];                                                                      \
+    out += first * LANES;                                                                          \
+    for (int c = 0; c < C; c++) column[c] = column_of(first + c, dim);                             \
+    for (int r = 0; r < R; r++)                                                                    \
+      for (int c = 0; c < C; c++) sum[r][c] = load(out + r * width + c * LANES);                   \
+    for (int t = 0; t < keys; t++, v += dim, weights += stride) {                                  \
+      for (int c = 0; c < C; c++) {                                                                \
+        x[c] = LOAD(v + column[c]);                                                                \
+        fetch(v + column[c] + AHEAD);                                                              \
+      }                                                                                            \
+      for (int r = 0; r < R; r++)                                                                  \
+        for (int c = 0; c < C; c++) sum[r][c] += weights[r] * x[c];                                \
+    }                                                                                              \
+    for (int r = 0; r < R; r++)                                                                    \
+      for (int c = 0; c < C; c++) store(out + r * width + c * LANES, sum[r][c]);                   \
   }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) store(out + r * width + c * LANES, sum[r][c]);
-}
 
 /* R rows: C vectors at a time, then halves of that. */
-#define WEIGH(R, C)                                                                                \
-  static void weigh_##R(const float *v, const float *weights, float *out, int keys, int dim,       \
-                        int stride, int width) {                                                   \
+#define WEIGH(R, C, T)                                                                             \
+  static void weigh_##R##_##T(const T *v, const float *weights, float *out, int keys, int dim,     \
+                              int stride, int width) {                                             \
     int c = 0, vectors = width / LANES;                                                            \
     for (; c + C <= vectors; c += C)                                                               \
-      weigh_block(v, weights, out, keys, dim, stride, width, c, R, C);                             \
+      weigh_block_##T(v, weights, out, keys, dim, stride, width, c, R, C);                         \
     if (C > 4 && c + 4 <= vectors)                                                                 \
-      weigh_block(v, weights, out, keys, dim, stride, width, c, R, 4), c += 4;                     \
+      weigh_block_##T(v, weights, out, keys, dim, stride, width, c, R, 4), c += 4;                 \
     if (C > 2 && c + 2 <= vectors)                                                                 \
-      weigh_block(v, weights, out, keys, dim, stride, width, c, R, 2), c += 2;                     \
-    if (c < vectors) weigh_block(v, weights, out, keys, dim, stride, width, c, R, 1);              \
+      weigh_block_##T(v, weights, out, keys, dim, stride, width, c, R, 2), c += 2;                 \
+    if (c < vectors) weigh_block_##T(v, weights, out, keys, dim, stride, width, c, R, 1);          \
   }
-EACH_ROWS(WEIGH)
 
 /* The rows of a tile, as many at a time as there is code for. */
-static void weigh(const float *v, const float *weights, float *out, int rows, int keys, int dim,
-                  int stride, int width) {
-#define WHILE_LEFT(R, C)                                                                           \
+#define WHILE_LEFT(R, C, T)                                                                        \
   for (; rows >= R; rows -= R, weights += R, out += (size_t)R * width)                             \
-    weigh_##R(v, weights, out, keys, dim, stride, width);
-  EACH_ROWS(WHILE_LEFT)
-}
+    weigh_##R##_##T(v, weights, out, keys, dim, stride, width);
+#define WEIGH_ALL(T)                                                                               \
+  WEIGH_BLOCK(T)                                                                                   \
+  EACH_ROWS(WEIGH, T)                                                                              \
+  static void weigh_##T(const T *v, const float *weights, float *out, int rows, int keys, int dim, \
+                        int stride, int width) {                                                   \
+    EACH_ROWS(WHILE_LEFT, T)                                                                       \
+  }
+WEIGH_ALL(float)
+WEIGH_ALL(int8_t)
 
 /* ---- one call ------------------------------------------------------------------------------- */
 
@@ -345,14 +356,16 @@ INLINE vec fold(vec v, int stride, vec (*of)(vec, vec)) {
 INLINE vec plus(vec a, vec b) { return a + b; }
 
 /* Add the keys [from, to) of a block, k and v of them, to the state of one tile. */
-static void add_block(const Call *c, int64_t length, int first, int rows, const float *k,
-                      const float *v, int64_t from, int64_t to, const float *queries,
+static void add_block(const Call *c, int64_t length, int first, int rows, const void *k,
+                      const void *v, int narrow, int64_t from, int64_t to, const float *queries,
                       float *scores, State s) {
   int keys = (int)(to - from), vectors = (keys * c->stride + LANES - 1) / LANES;
   if (c->stride == LANES)
     score_lanes(k, queries, scores, keys, c->dim);
+  else if (narrow)
+    score_few_int8_t(k, queries, scores, keys, c->dim, c->stride);
   else
-    score_few(k, queries, scores, keys, c->dim, c->stride);
+    score_few_float(k, queries, scores, keys, c->dim, c->stride);
   if (c->softcap > 0)
     for (int i = 0; i < vectors; i++)
       store(scores + i * LANES, soft_cap(load(scores + i * LANES), c->softcap));
@@ -384,7 +397,10 @@ static void add_block(const Call *c, int64_t length, int first, int rows, const 
     if (factor != 1.0f)
       for (int i = 0; i < c->width; i += LANES) store(out + i, load(out + i) * factor);
   }
-  weigh(v, scores, s.out, rows, keys, c->dim, c->stride, c->width);
+  if (narrow)
+    weigh_int8_t(v, scores, s.out, rows, keys, c->dim, c->stride, c->width);
+  else
+    weigh_float(v, scores, s.out, rows, keys, c->dim, c->stride, c->width);
 }
 
 static void write_rows(const Call *c, int b, int h, int first, int rows, State s) {
@@ -405,9 +421,9 @@ static void write_rows(const Call *c, int b, int h, int first, int rows, State s
 /* int8 numbers as floats. */
 static void widen(const int8_t *restrict from, float *restrict to, size_t count) {
   size_t i = 0;
-  for (; i + LINE_8 <= count; i += LINE_8) {
-    __builtin_prefetch(from + i + AHEAD_8, 0, 1);
-    for (int j = 0; j < LINE_8; j++) to[i + j] = from[i + j];
+  for (; i + LANES <= count; i += LANES) {
+    fetch(from + i + AHEAD);
+    store(to + i, load_int8(from + i));
   }
   for (; i < count; i++) to[i] = from[i];
 }
@@ -446,8 +462,9 @@ static void attend(void *data, size_t index) {
   stop = smaller_of(stop, start + some);
 
   size_t head = ((size_t)b * c->kv_heads + h) * c->capacity * c->dim;
-  int narrow = c->key_scales != NULL;
-  size_t block_floats = narrow ? (size_t)BLOCK * c->dim : 0;
+  size_t element = c->key_scales ? sizeof(int8_t) : sizeof(float);
+  int narrow = c->key_scales != NULL, widened = narrow && c->stride == LANES;
+  size_t block_floats = widened ? (size_t)BLOCK * c->dim : 0;
   const float *q = c->q + (int64_t)b * c->q_heads * c->queries * c->dim + h * c->group * c->q_head;
   int tile_rows = c->stride, tiles = (rows + tile_rows - 1) / tile_rows;
   size_t tile_queries = (size_t)c->width * c->stride;
@@ -468,13 +485,11 @@ static void attend(void *data, size_t index) {
 
   for (int64_t from = start; from < stop; from += BLOCK) {
     size_t at = head + from * c->dim, count = smaller_of(BLOCK, stop - from) * c->dim;
-    const float *k = wide_k, *v = wide_v;
-    if (narrow) {
-      widen((const int8_t *)c->keys + at, wide_k, count);
-      widen((const int8_t *)c->values + at, wide_v, count);
-    } else {
-      k = (const float *)c->keys + at;
-      v = (const float *)c->values + at;
+    const char *k = (const char *)c->keys + at * element, *v = (const char *)c->values + at * element;
+    if (widened) {
+      widen((const int8_t *)k, wide_k, count);
+      widen((const int8_t *)v, wide_v, count);
+      k = (const char *)wide_k, v = (const char *)wide_v;
     }
     for (int i = 0; i < tiles; i++) {
       int r = i * tile_rows, some_rows = (int)smaller_of(tile_rows, rows - r);
@@ -483,8 +498,8 @@ static void attend(void *data, size_t index) {
                                 last_key(c, length, first + r + some_rows - 1));
       if (low >= high) continue;
       State part = {s.maximum + r, s.sum + r, s.out + (size_t)r * c->width};
-      size_t skip = (low - from) * c->dim;
-      add_block(c, length, first + r, some_rows, k + skip, v + skip, low, high,
+      size_t skip = (low - from) * c->dim * (widened ? sizeof(float) : element);
+      add_block(c, length, first + r, some_rows, k + skip, v + skip, narrow && !widened, low, high,
                 queries + i * tile_queries, scores, part);
     }
   }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cla_export.bundle import Bundle, open_bundle
 from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.executor import Executor, capacity_of
-from cla_export.engines.opening import backend_of, open_executor
+from cla_export.engines.opening import backend_of, cache_dtype, open_executor
 from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.environment import memory
 from cla_export.errors import BadInput, MissingEnvironment
@@ -116,7 +116,8 @@ def open_model(folder: Bundle | Path | str, options: Options) -> Opened:
             "how many of its slots to use with --slots, or build it again"
         )
     capacity = capacity_of(bundle, options.max_len)
-    pool = size_pool(bundle.layout, bundle.dtype, capacity, options.slots, options.kv_memory)
+    dtype = cache_dtype(bundle, backend)
+    pool = size_pool(bundle.layout, dtype, capacity, options.slots, options.kv_memory)
     room = memory()
     if room is not None and pool.total > room and not onnxruntime_cuda.takes(bundle) and not fixed:
         raise _no_room(pool)
@@ -131,7 +132,7 @@ def open_model(folder: Bundle | Path | str, options: Options) -> Opened:
         )
     except MemoryError as error:
         raise _no_room(pool) from error
-    pool = size_pool(bundle.layout, bundle.dtype, executor.capacity, executor.slots, None)
+    pool = size_pool(bundle.layout, dtype, executor.capacity, executor.slots, None)
     model = ServedModel(
         name=options.name or bundle.folder.resolve().name,
         created=int(time.time()),
@@ -161,7 +162,8 @@ def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
     from cla_export.serve.streams import Streams
 
     bundle, model = opened.bundle, opened.model
-    metrics, streams = Metrics(model.name, bundle.layout, bundle.dtype), Streams()
+    dtype = cache_dtype(bundle, opened.executor.backend)
+    metrics, streams = Metrics(model.name, bundle.layout, dtype), Streams()
     streams.engine = Engine(
         opened.executor,
         streams.deliver,
@@ -173,7 +175,7 @@ def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
     )
     service = Service(model, streams, options.request_seconds)
     app = create_app(Served(service, metrics))
-    add_page(app, model, streams.engine, bundle.layout, bundle.dtype, opened.pool)
+    add_page(app, model, streams.engine, bundle.layout, dtype, opened.pool)
     return app, streams.engine
 
 
