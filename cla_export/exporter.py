@@ -143,7 +143,9 @@ def export(
         canonical = rewrite(stateless, spec.layout)
         progress("lower", 3, steps)
         lowered = lower(target, canonical.model, spec.layout, **options)
-        companions = _companions(target, dtype, canonical.model, spec.layout, quantization)
+        companions = _companions(
+            target, dtype, canonical.model, spec.layout, quantization, narrow=scales is not None
+        )
         for made in (lowered, *companions.values()):
             if quantization is not None:
                 quantize_weights(made.model, quantization, spec.tied)
@@ -260,8 +262,13 @@ def _companions(
     canonical: "ir.Model",
     layout: KVLayout,
     quantization: Quantization | None,
+    *,
+    narrow: bool,
 ) -> "dict[str, Lowered]":
-    """The other graphs that a bundle has over its weights, by the names of their files."""
+    """The other graphs that a bundle has over its weights, by the names of their files.
+
+    Where caches are `narrow`, a graph is left out that keeps the standard form for some of them.
+    """
     from cla_export.lower import CPU, CUDA, CUDA_PLUGIN, lower
 
     if target != "onnxruntime":
@@ -272,7 +279,8 @@ def _companions(
             for_cuda[CUDA_PLUGIN_GRAPH] = lower(CUDA_PLUGIN, canonical, layout)
         return for_cuda
     for_cpu = lower(CPU, canonical, layout)
-    return {CPU_GRAPH: for_cpu} if "ClaAttention" in for_cpu.attention else {}
+    ours = [operator == "ClaAttention" for operator in for_cpu.attention]
+    return {CPU_GRAPH: for_cpu} if (all(ours) if narrow else any(ours)) else {}
 
 
 def _write_companion(model: "ir.Model", folder: Path, name: str) -> None:

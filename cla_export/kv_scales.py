@@ -50,7 +50,7 @@ def scales_of(graph: "ir.Graph", layout: KVLayout) -> list[Scales]:
     for group in layout.groups:
         values = (graph.initializers[scale_name(group.index, part)].const_value for part in PARTS)
         keys, values_ = (
-            value.numpy().reshape(group.kv_heads, 1, group.head_dim) for value in values if value
+            value.numpy().copy().reshape(group.kv_heads, 1, group.head_dim) for value in values if value
         )
         found.append((keys, values_))
     return found

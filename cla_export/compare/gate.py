@@ -126,9 +126,8 @@ def compare_bundle(
     checkpoint = _checkpoint(bundle, folder, bundle.module_named(module))
     stream, origin = token_stream(bundle.folder, bundle.vocab_size, text, seed)
     weights = bundle.quantization
-    arithmetic, threshold = threshold_of(
-        bundle.dtype, weights.name if weights else None, narrow=bundle.cache_dtype == "int8"
-    )
+    stored_as = bundle.dtype, weights.name if weights else None
+    arithmetic, threshold = threshold_of(*stored_as, narrow=bundle.cache_dtype == "int8")
     report = ParityReport(
         bundle=str(bundle.folder),
         reference=str(folder),
@@ -155,7 +154,17 @@ def compare_bundle(
         size = sum(parameter.numel() for parameter in model.parameters())
         setups = make_setups(bundle, positions, stream, seed, size)
         run = _Run(
-            bundle, sides, threshold, held, setups, onnxruntime, executor, threads, report, progress
+            bundle,
+            sides,
+            threshold,
+            threshold_of(*stored_as)[1],
+            held,
+            setups,
+            onnxruntime,
+            executor,
+            threads,
+            report,
+            progress,
         )
         run.compare()
         run.generate(stream, unquantized)
@@ -202,6 +211,7 @@ class _Run:
     bundle: Bundle
     sides: Reference
     threshold: Threshold
+    inside: Threshold  # of what layers make, where caches are given
     held: GroupKV
     setups: tuple[Setup, Setup]  # near and far
     onnxruntime: type[OnnxRuntimeExecutor]
@@ -282,8 +292,8 @@ class _Run:
 
     def _steps(self, executor: MarkedExecutor, case: Case) -> tuple[list[Difference], list[Call]]:
         calls = run_marked(executor, case, self.held)
-        layout, sides, threshold = self.bundle.layout, self.sides, self.threshold
-        return list(differences(calls, layout, sides, threshold, case, self.held)), calls
+        layout, sides = self.bundle.layout, self.sides
+        return list(differences(calls, layout, sides, self.inside, case, self.held)), calls
 
     def _leave(self, folder: Path, setup: Setup, case: Case) -> None:
         """Write the call that went wrong to a folder."""
