@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cla_export.errors import BadInput
 from cla_export.kv_scales import MOST, Floats, Scales
 
 if TYPE_CHECKING:
+    import torch
+
     from cla_export.models.decoder import Decoder
 
 MARGIN = 1.25
@@ -26,7 +29,10 @@ _LEAST = 2.0**-12  # of the group's largest: a channel that is always zero has a
 
 
 def calibrate(model: "Decoder", stream: Sequence[int]) -> list[Scales]:
-    """Each group's scales for keys and values, float32 [Hkv, 1, D], from token ids of a text."""
+    """Each group's scales for keys and values, float32 [Hkv, 1, D], from token ids of a text.
+
+    Raises BadInput if a key or a value is not a number.
+    """
     import torch
 
     spec = model.spec
@@ -46,10 +52,16 @@ def calibrate(model: "Decoder", stream: Sequence[int]) -> list[Scales]:
                 (np.maximum(a, c), np.maximum(b, d))
                 for (a, b), (c, d) in zip(largest or seen, seen, strict=True)
             ]
+    for group, pair in enumerate(largest):
+        if not all(np.isfinite(part).all() for part in pair):
+            raise BadInput(
+                f"group {group}: keys or values of the text are infinite or no numbers, so there "
+                "is no scale for them; the checkpoint is broken, or needs more than float32"
+            )
     return [(_scale(keys), _scale(values)) for keys, values in largest]
 
 
-def _largest(part: "torch.Tensor") -> Floats:  # type: ignore[name-defined]  # noqa: F821
+def _largest(part: "torch.Tensor") -> Floats:
     """Of each head and channel of [1, Hkv, T, D], in size."""
     found: Floats = part[0].abs().amax(1, keepdim=True).float().numpy()
     return found

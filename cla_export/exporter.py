@@ -108,11 +108,8 @@ def export(
     from cla_export.trace import trace
     from cla_export.weights import attach
 
-    check_target(target)
-    if dtype not in DTYPES:
-        raise BadInput(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    _check_choices(target, dtype, kv_cache, calibration)
     quantization = _quantization(quantize, target, weights)
-    _check_cache(kv_cache, calibration, target, dtype)
     options = _lowering_options(target, attention)
     source, dest = Path(source), Path(dest)
     steps = 5
@@ -133,11 +130,8 @@ def export(
         )
         require_space(folder.parent, spec.parameters() * torch_dtype.itemsize - in_place)
         family = checkpoint.family
-        scales, origin = None, ""
-        if kv_cache is not None:
-            progress("calibrate", 1, steps)
-            scales, origin = _scales(checkpoint, calibration)
         progress("trace", 1, steps)
+        scales, origin = _scales(checkpoint, calibration) if kv_cache else (None, "")
         stateless = trace(family, spec, torch_dtype)
         progress("rewrite", 2, steps)
         canonical = rewrite(stateless, spec.layout)
@@ -160,8 +154,7 @@ def export(
         _copy_files(checkpoint, folder, target)
         found = digests()
         manifest = _manifest(checkpoint, lowered, companions, DTYPES[dtype], quantization, found)
-        if kv_cache is not None:
-            manifest |= {"kv_cache": {"dtype": kv_cache, "calibrated_on": origin}}
+        manifest |= {"kv_cache": {"dtype": kv_cache, "calibrated_on": origin}} if kv_cache else {}
         manifest |= {"linked": sorted(taken_in.values())} if taken_in else {}
         known = {name: found[path] for path, name in taken_in.items()}
         write_manifest(folder, manifest, progress, known)
@@ -188,22 +181,23 @@ def _quantization(quantize: str | None, target: str, weights: str) -> Quantizati
     return Quantization.named(quantize)
 
 
-def _check_cache(
-    kv_cache: str | None, calibration: Path | None, target: str, dtype: str
-) -> None:
+def _check_choices(target: str, dtype: str, kv_cache: str | None, calibration: Path | None) -> None:
+    check_target(target)
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if kv_cache is None:
         if calibration is not None:
             raise BadInput(
-                f"calibration is {str(calibration)!r} and kv_cache is not set; a text is for scales "
-                "of int8 caches"
+                f"calibration is {str(calibration)!r} and kv_cache is not set; it is the text for "
+                "scales of int8 caches"
             )
         return
     if kv_cache not in KV_CACHES:
         raise BadInput(f"kv_cache is {kv_cache!r}; expected {' or '.join(KV_CACHES)}")
     if target != "onnxruntime" or dtype != "fp32":
         raise BadInput(
-            f"kv_cache is {kv_cache!r} for target {target!r} in {dtype}; only `onnxruntime` in fp32, "
-            "on a CPU, has operators for such a cache"
+            f"kv_cache is {kv_cache!r} for target {target!r} in {dtype}; only `onnxruntime` in "
+            "fp32, on a CPU, has operators for such a cache"
         )
 
 

@@ -1,16 +1,15 @@
 """Key/value caches in int8: integers, times a scale for each group, kv head and channel.
 
-    key cache     int8 [slots, Hkv, C, D]        key = q * scale
-    scale         float32 [Hkv, 1, D]            q = key / scale, to the nearest integer, half to even
+    key cache     int8 [slots, Hkv, C, D]    key = q * scale
+    scale         float32 [Hkv, 1, D]        q = key / scale, to the nearest integer, half to even
 
 What lies beyond -128 or 127 scales is held as those. Scales are constants of the graph, chosen when
 it is exported (calibration.py); ONNX Runtime's GroupQueryAttention (k_quant_type PER_CHANNEL) and
 our own ClaAppend round alike.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +32,10 @@ def scale_name(group: int, part: Part) -> str:
     return f"cache.{group}.{part}_scale"
 
 
-def to_int8(values: NDArray[np.generic], scale: Floats) -> NDArray[np.int8]:
+def to_int8(values: NDArray[Any], scale: Floats) -> NDArray[np.int8]:
     """What a cache holds of values [..., Hkv, T, D]."""
-    return np.clip(np.rint(values / scale), LEAST, MOST).astype(np.int8)
+    held: NDArray[np.int8] = np.clip(np.rint(values / scale), LEAST, MOST).astype(np.int8)
+    return held
 
 
 def from_int8(held: NDArray[np.int8], scale: Floats) -> Floats:
@@ -50,7 +50,9 @@ def scales_of(graph: "ir.Graph", layout: KVLayout) -> list[Scales]:
     for group in layout.groups:
         values = (graph.initializers[scale_name(group.index, part)].const_value for part in PARTS)
         keys, values_ = (
-            value.numpy().copy().reshape(group.kv_heads, 1, group.head_dim) for value in values if value
+            value.numpy().copy().reshape(group.kv_heads, 1, group.head_dim)
+            for value in values
+            if value
         )
         found.append((keys, values_))
     return found
@@ -70,14 +72,3 @@ def read_scales(graph: Path, layout: KVLayout) -> list[Scales]:
             f"{graph}: bundle.json says that its caches are int8, but the graph has no scale for "
             f"one of them ({error}); export again"
         ) from error
-
-
-def largest_ratio(scales: Sequence[Scales], wanted: Sequence[Scales]) -> tuple[float, float]:
-    """The smallest and the largest of scales over those wanted."""
-    ratios = [
-        (mine / other).ravel()
-        for group, others in zip(scales, wanted, strict=True)
-        for mine, other in zip(group, others, strict=True)
-    ]
-    whole = np.concatenate(ratios)
-    return float(whole.min()), float(whole.max())

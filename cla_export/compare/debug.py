@@ -130,9 +130,8 @@ def write_call(
                 name = f"present.{group}.{part}"
                 cache = expected[name][row]  # [Hkv, C, D]
                 whole = values[: span.stop].transpose(1, 0, 2)
-                if name in scales:
-                    whole = to_int8(whole, scales[name])
-                cache[:, episode.held : episode.held + span.stop] = whole
+                as_held = to_int8(whole, scales[name]) if name in scales else whole
+                cache[:, episode.held : episode.held + span.stop] = as_held
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         save_json([recorded.inputs], str(folder / "inputs.json"))
         for name, runner, outputs in (("expected", "pytorch", expected), ("got", "bundle", got)):

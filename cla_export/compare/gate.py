@@ -15,11 +15,11 @@ from polygraphy.comparator import Comparator, CompareFunc
 from polygraphy.logger import G_LOGGER
 
 from cla_export.bundle import CPU_GRAPH, Bundle, Progress, open_bundle
-from cla_export.calibration import calibrate
 from cla_export.compare.baseline import read_baseline, regressions
 from cla_export.compare.cases import Case, Setup, case_length, make_setups, shape_of
 from cla_export.compare.debug import call_of_interest, check_debug_dir, write_call
 from cla_export.compare.greedy import compare_greedy
+from cla_export.compare.int8_caches import find_scales, made_up
 from cla_export.compare.marks import Call, MarkedExecutor
 from cla_export.compare.perplexity import compare_perplexity, perplexity
 from cla_export.compare.reading import read_bundle, use_quantized
@@ -34,8 +34,8 @@ from cla_export.compare.replay import (
 )
 from cla_export.compare.report import ParityReport, TensorResult
 from cla_export.compare.results import tensor_result
-from cla_export.compare.runners import LOUD, ExecutorRunner, TorchRunner, fill_with_garbage
-from cla_export.compare.thresholds import Threshold, threshold_of
+from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
+from cla_export.compare.thresholds import Threshold, thresholds_of
 from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.executor import Executor
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor, graph_of
@@ -43,7 +43,6 @@ from cla_export.engines.opening import backend_of, open_executor
 from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.environment import processor
 from cla_export.errors import BadInput, BundleError, RunError
-from cla_export.kv_scales import MOST, Scales, from_int8, largest_ratio, read_scales, to_int8
 from cla_export.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from cla_export.models.decoder import Decoder
 from cla_export.tokenizer import SEED, token_stream
@@ -53,7 +52,6 @@ _HELD = 64  # tokens whose keys and values stand in for a long context's, over a
 _ONE_THREAD = 2**24  # parameters
 _ON_GPU = 8192  # tokens a slot holds there, at most
 _SLOTS = 8  # there: more than any case needs
-_SATURATES, _COARSE = 0.5, 8.0  # scales of int8 caches over those of the text that is compared on
 _SHOWN = "decode"  # the case whose layers are shown where nothing fails
 
 
@@ -126,8 +124,9 @@ def compare_bundle(
     checkpoint = _checkpoint(bundle, folder, bundle.module_named(module))
     stream, origin = token_stream(bundle.folder, bundle.vocab_size, text, seed)
     weights = bundle.quantization
-    stored_as = bundle.dtype, weights.name if weights else None
-    arithmetic, threshold = threshold_of(*stored_as, narrow=bundle.cache_dtype == "int8")
+    arithmetic, threshold, inside = thresholds_of(
+        bundle.dtype, weights.name if weights else None, bundle.cache_dtype
+    )
     report = ParityReport(
         bundle=str(bundle.folder),
         reference=str(folder),
@@ -157,7 +156,7 @@ def compare_bundle(
             bundle,
             sides,
             threshold,
-            threshold_of(*stored_as)[1],
+            inside,
             held,
             setups,
             onnxruntime,
@@ -368,22 +367,9 @@ def _sides(
     if bundle.dtype != "float32":
         rounded = load_model(checkpoint, getattr(torch, bundle.dtype))
         use_quantized(rounded, reading)
-    scales = None
-    if bundle.cache_dtype == "int8":
-        scales = read_scales(bundle.graph, bundle.layout)
-        report.faults += _misfits(scales, calibrate(model, stream))
+    scales, faults = find_scales(bundle, model, stream)
+    report.faults += faults
     return Reference.of(model, rounded, bundle.quantization, scales)
-
-
-def _misfits(scales: Sequence[Scales], wanted: Sequence[Scales]) -> Iterator[str]:
-    """Scales of int8 caches that are far from what the model asks for on this text."""
-    least, most = largest_ratio(scales, wanted)
-    if least < _SATURATES or most > _COARSE:
-        yield (
-            f"scales of int8 caches are {least:.2g} to {most:.2g} times what the keys and values of "
-            f"this text ask for; expected {_SATURATES:g} to {_COARSE:g} times: calibrate on a text "
-            "like it (export --calibration FILE)"
-        )
 
 
 @contextmanager
@@ -418,25 +404,13 @@ def _made_up(sides: Reference, stream: Sequence[int], count: int, dtype: str) ->
     tokens = np.resize(np.asarray(stream, np.int64), count)
     kind = getattr(torch, dtype)
     groups = sides.exact.forward(tokens)[1]
-    if (scales := sides.native.scales) is not None:
-        return [
-            (
-                from_int8(to_int8(key, of_keys[:, 0]), of_keys[:, 0]),
-                _quiet(value, of_values[:, 0]),
-            )
-            for (key, value), (of_keys, of_values) in zip(groups, scales, strict=True)
-        ]
+    if sides.native.scales is not None:
+        return made_up(groups, sides.native.scales)
 
     def stored(part: np.ndarray) -> np.ndarray:
         return torch.from_numpy(part).to(kind).float().numpy()
 
     return [(stored(key), stored(value)) for key, value in groups]
-
-
-def _quiet(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Values so small that an int8 cache holds them made loud too, and as it holds them."""
-    most = MOST // LOUD
-    return from_int8(to_int8(values / LOUD, scale).clip(-most, most), scale)
 
 
 def _tools(executor: Executor | None) -> dict[str, str]:

@@ -24,7 +24,9 @@ from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.kv_scales import LEAST, MOST, Scales
 from cla_export.layout import KVLayout
 
-_HALF = 0.5 * (1 + 2.0**-15)  # of a step: the quotient that is rounded has 24 bits, 7 of them before
+_HALF = 0.5 * (
+    1 + 2.0**-15
+)  # of a step: the quotient that is rounded has 24 bits, 7 of them before
 # the point
 _ENOUGH = 32  # tokens whose mean error says something
 

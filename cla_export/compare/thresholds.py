@@ -114,9 +114,9 @@ THRESHOLDS[INT8_CACHE] = replace(
     largest=2.0,
     mean=1.5,
     perplexity=1e-2,
-    reason="the yardstick rounds keys and values to the bundle's own steps, and both round nearly all "
-    "of them alike: what is left to luck is float32's. Inside the layers the row without applies, "
-    "since attention is recomputed from what the caches hold",
+    reason="the yardstick rounds keys and values to the bundle's own steps, and both round nearly "
+    "all of them alike: luck is in the few that they do not. Inside the layers float32's row "
+    "applies, since attention is recomputed from what the caches hold",
 )
 THRESHOLDS |= {
     f"{weights}, {INT8_CACHE}": replace(
@@ -128,14 +128,16 @@ GREEDY_TOKENS = 64  # free-running tokens compared; a disagreement where the ref
 # logits lie closer than twice the logit tolerance is a near-tie, which no rounding can decide
 
 
-def threshold_of(
-    dtype: str, weights: str | None = None, *, narrow: bool = False
-) -> tuple[str, Threshold]:
-    """The table's row for a bundle's dtype, and the name of its quantised weights' type if any.
+def thresholds_of(
+    dtype: str, weights: str | None = None, cache: str | None = None
+) -> tuple[str, Threshold, Threshold]:
+    """The table's row for a bundle, by its name, and the row for what its layers make.
 
-    `narrow`: its caches are int8, which makes no difference inside the layers.
+    `weights` is the type of quantised ones, if any, and `cache` that of caches, which makes no
+    difference inside the layers, where caches are given.
     """
     name = dtype if weights is None or dtype != "float32" else f"{weights} weights"
-    if narrow:
+    inside = THRESHOLDS[name]
+    if cache == "int8":
         name = INT8_CACHE if weights is None else f"{name}, {INT8_CACHE}"
-    return name, THRESHOLDS[name]
+    return name, THRESHOLDS[name], inside

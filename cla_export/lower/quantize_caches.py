@@ -1,7 +1,7 @@
 """Quantise caches: in a lowered graph, pasts and presents become int8, with scales as constants.
 
-    GroupQueryAttention    takes k_scale and v_scale; a sharer has present outputs, which nobody reads,
-                           since it refuses an int8 cache without
+    GroupQueryAttention    takes k_scale and v_scale; a sharer has present outputs, which nobody
+                           reads, since it refuses an int8 cache without
     ClaAppend              becomes cla.int8's, which takes both scales and rounds
     ClaAttention           becomes cla.int8's, which takes them too
 
@@ -39,7 +39,7 @@ def check_heads(layout: KVLayout) -> None:
 
 
 def quantize_caches(model: ir.Model, layout: KVLayout, scales: Sequence[Scales]) -> None:
-    """Make all of a lowered graph's caches int8, in place. `scales` are float32 [Hkv, 1, D] each."""
+    """Make all caches of a lowered graph int8, in place; `scales` are float32 [Hkv, 1, D] each."""
     graph = model.graph
     constants = {
         (group.index, part): named_constant(graph, scale[None], scale_name(group.index, part))

@@ -11,6 +11,7 @@ from mutants import LAYOUTS, MUTANTS, Subject, run
 from cla_export.compare.cases import case_length, token_case
 from cla_export.compare.files import to_markdown
 from cla_export.compare.gate import compare_bundle
+from cla_export.tokenizer import token_stream
 
 NAMES = list(MUTANTS)
 
