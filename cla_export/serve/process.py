@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 DEAD_CODE = 70  # an internal software error, by sysexits.h: whoever supervises starts it again
 _INTERRUPTED = 130
 _LOOK_SECONDS = 0.05
+_IDLE_SECONDS = 75  # of a connection: more than the minute after which load balancers close theirs
 _FAREWELL_SECONDS = 2.0  # that the clients of a dead engine have to be told
 
 
@@ -173,6 +174,7 @@ def _server(door: Door, options: Options) -> "uvicorn.Server":
         lifespan="off",
         ws="none",
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=_IDLE_SECONDS,
         ssl_certfile=options.certificate,
         ssl_keyfile=options.private_key,
     )
