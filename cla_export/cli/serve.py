@@ -68,10 +68,11 @@ def serve(
 ) -> None:
     """Serve a bundle: OpenAI's completions and chats, with continuous batching.
 
-    SIGTERM drains. A second one stops at once.
+    SIGTERM drains. A second one stops at once. Exits with 70 where the engine failed for good, to
+    be started again.
     """
     from cla_export.planning import parse_bytes
-    from cla_export.serve import server
+    from cla_export.serve import process, server
     from cla_export.serve.engine import Limits
     from cla_export.views import serving
 
@@ -97,20 +98,26 @@ def serve(
         chat_template=chat_template,
     )
     server.check_options(options)
-    opened = server.open_model(bundle, options)
-    if as_json:
-        backend_name = opened.executor.backend
-        show({"model": opened.model.name, "backend": backend_name, "pool": opened.pool.to_json()})
-    facts = (opened.model.name, opened.executor.backend, opened.bundle.layout.describe())
     console = console_for(stderr=True)
-    serving.render(*facts, opened.pool, console)
+
+    def tell(opened: server.Opened) -> None:
+        name, backend_name = opened.model.name, opened.executor.backend
+        if as_json:
+            show({"model": name, "backend": backend_name, "pool": opened.pool.to_json()})
+        serving.render(name, backend_name, opened.bundle.layout.describe(), opened.pool, console)
+
     if check:
+        tell(server.open_model(bundle, options))
         return
 
-    def announce(address: str) -> None:
+    def listening(address: str) -> None:
+        console.print(f"loading {escape(str(bundle))}; {address}/ready says when", highlight=False)
+
+    def taken(address: str, opened: server.Opened) -> None:
+        tell(opened)
         console.print(f"serving {escape(opened.model.name)} on {address}", highlight=False)
 
-    raise typer.Exit(server.serve(opened, options, announce))
+    raise typer.Exit(process.serve(bundle, options, process.Told(listening, taken)))
 
 
 def _keys(file: Path | None) -> list[str]:

@@ -50,7 +50,7 @@ def create_app(served: Served) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.metrics = metrics
+    app.state.metrics, app.state.streams = metrics, streams
     _tell_errors(app, metrics)
 
     @app.post("/v1/completions")
