@@ -1,0 +1,162 @@
+"""The model that Triton's Python backend runs: an engine, whose sequences are Triton's requests.
+
+Three threads beside Triton's own: the engine's; one that sends what it delivers, so that a slow
+client never makes the engine wait; one that looks for requests that were cancelled. Importable only
+inside Triton's Python backend.
+"""
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import triton_python_backend_utils as pb
+
+from cla_export.deploy.triton_config import read_parameters
+from cla_export.deploy.triton_tensors import read_body, to_error, to_response
+from cla_export.errors import BadInput, ClaExportError
+from cla_export.generation import end_tokens
+from cla_export.serve.answers import Usage
+from cla_export.serve.engine import STALLED_FAILURE, Engine, NotReady, QueueFull
+from cla_export.serve.errors import ApiError, from_failure, from_refusal
+from cla_export.serve.intake import check_length, encode, make_request
+from cla_export.serve.requests import Output, Request
+from cla_export.serve.scheduler import Outputs
+from cla_export.serve.server import Opened, Options, check_options, open_model
+
+_LOOK_SECONDS = 0.05  # between two looks for cancelled requests
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A request that the engine has: where its answers go, and what it used so far."""
+
+    sender: Any  # Triton's InferenceResponseSender
+    usage: Usage
+
+
+class TritonPythonModel:
+    """What Triton makes one of for each instance of the model."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the bundle that the model's configuration names."""
+        version_folder = Path(args["model_repository"], args["model_version"])
+        try:
+            parameters = read_parameters(json.loads(args["model_config"]))
+            options = parameters.to_options(version_folder)
+            check_options(options)
+            opened = open_model(version_folder / parameters.bundle, options)
+        except ClaExportError as error:
+            raise pb.TritonModelException(f"{args['model_name']}: {error}") from error
+        pool = opened.pool
+        pb.Logger.log_info(
+            f"{args['model_name']} on {opened.executor.backend}: {opened.bundle.layout.describe()};"
+            f" {pool.slots} slots of {pool.capacity} tokens, {pool.total} bytes of KV cache"
+        )
+        self.start(opened, options)
+
+    def start(self, opened: Opened, options: Options) -> None:
+        """Take requests for an opened bundle from now on."""
+        self._model, self._seconds = opened.model, options.request_seconds
+        self._delivered: SimpleQueue[Outputs | None] = SimpleQueue()
+        self._running: dict[int, Running] = {}
+        self._lock = threading.Lock()  # of _running
+        self._over = threading.Event()
+        self.engine = Engine(
+            opened.executor,
+            self._delivered.put,
+            tokenizer=opened.model.tokenizer,
+            ends=end_tokens(opened.bundle.folder),
+            chunk=options.chunk,
+            limits=options.limits,
+        )
+        self.engine.start()
+        self._threads = [
+            threading.Thread(target=self._send, name="answers", daemon=True),
+            threading.Thread(target=self._watch, name="watch", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Queue requests; their answers are sent as they come."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._queue(request, sender)
+            except ApiError as error:
+                _end(sender, to_error(error))
+
+    def finalize(self) -> None:
+        """Let go of everything; Triton unloads a model once its requests have ended."""
+        self.engine.stop()
+        self._over.set()
+        self._delivered.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _queue(self, request: Any, sender: Any) -> None:  # noqa: ANN401
+        asked = self._read(request)
+        with self._lock:  # outputs that come at once wait until it is known whose they are
+            try:
+                number = self.engine.submit([asked])[0]
+            except (QueueFull, NotReady) as error:
+                raise from_refusal(error) from error
+            except BadInput as error:
+                raise ApiError(400, str(error)) from error
+            self._running[number] = Running(sender, Usage(len(asked.prompt)))
+
+    def _read(self, request: Any) -> Request:  # noqa: ANN401
+        body = read_body(request)
+        micros = request.timeout()
+        seconds = min(self._seconds, micros / 1e6) if micros else self._seconds
+        try:
+            prompt = encode(self._model, body.prompt[0], body.add_special_tokens)
+        except BadInput as error:
+            raise ApiError(400, str(error)) from error
+        deadline = self.engine.clock() + seconds
+        asked = make_request(self._model, body, prompt, body.max_tokens, deadline)
+        check_length(self._model, asked, "input_ids")
+        return asked
+
+    def _send(self) -> None:
+        while (outputs := self._delivered.get()) is not None:
+            for number, output in outputs:
+                with self._lock:
+                    known = self._running
+                    running = known.pop(number, None) if output.last else known.get(number)
+                if running is not None:  # else it failed here already
+                    _tell(running, output)
+
+    def _watch(self) -> None:
+        """Cancel what nobody waits for; end what waits for a step that hangs."""
+        while not self._over.wait(_LOOK_SECONDS):
+            with self._lock:
+                running = list(self._running.items())
+            if running and self.engine.stalled:
+                self._delivered.put([(number, _STALLED) for number, _ in running])
+            gone = [number for number, one in running if one.sender.is_cancelled()]
+            if gone:
+                self.engine.cancel(gone)
+
+
+_STALLED = Output(failure=STALLED_FAILURE)
+
+
+def _tell(running: Running, output: Output) -> None:
+    if output.failure is not None:
+        _end(running.sender, to_error(from_failure(output.failure)))
+        return
+    running.usage.add(output, 0)
+    response = to_response(output, running.usage)
+    if output.last:
+        _end(running.sender, response)
+    else:
+        running.sender.send(response)
+
+
+def _end(sender: Any, response: Any) -> None:  # noqa: ANN401
+    sender.send(response, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
