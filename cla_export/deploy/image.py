@@ -1,7 +1,7 @@
 """What an image that serves has to have installed: python -m cla_export.deploy.image cpu serve
 
-Prints this package's requirements and those of the extras named, but for PyTorch, which only exports
-and compares: an image without it is smaller by gigabytes.
+Prints this package's requirements and those of the extras named, but for PyTorch, which only
+exports and compares: an image without it is smaller by gigabytes.
 """
 
 import re
@@ -20,7 +20,9 @@ def requirements(extras: Iterable[str]) -> list[str]:
     ours = metadata.metadata("cla-export")
     wanted, known = set(extras), set(ours.get_all("Provides-Extra") or ())
     if wanted - known:
-        raise BadInput(f"extra {min(wanted - known)!r}; expected some of {', '.join(sorted(known))}")
+        raise BadInput(
+            f"extra {min(wanted - known)!r}; expected some of {', '.join(sorted(known))}"
+        )
     found = []
     for line in metadata.requires("cla-export") or ():
         requirement, _, marker = line.partition(";")

@@ -1,14 +1,15 @@
 """The model that Triton's Python backend runs: an engine, whose sequences are Triton's requests.
 
 Three threads beside Triton's own: the engine's; one that sends what it delivers, so that a slow
-client never makes the engine wait; one that looks for requests that were cancelled. Importable only
-inside Triton's Python backend.
+client never makes the engine wait; one that looks for requests that were cancelled, and tells
+Triton the metrics. Importable only in Triton's Python backend.
 """
 
 import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import triton_python_backend_utils as pb
 
 from cla_export.deploy.triton_config import read_parameters
+from cla_export.deploy.triton_metrics import TritonMetrics
 from cla_export.deploy.triton_tensors import read_body, to_error, to_response
 from cla_export.errors import BadInput, ClaExportError
 from cla_export.generation import end_tokens
@@ -23,11 +25,13 @@ from cla_export.serve.answers import Usage
 from cla_export.serve.engine import STALLED_FAILURE, Engine, NotReady, QueueFull
 from cla_export.serve.errors import ApiError, from_failure, from_refusal
 from cla_export.serve.intake import check_length, encode, make_request
+from cla_export.serve.metrics import Metrics
 from cla_export.serve.requests import Output, Request
 from cla_export.serve.scheduler import Outputs
 from cla_export.serve.server import Opened, Options, check_options, open_model
 
 _LOOK_SECONDS = 0.05  # between two looks for cancelled requests
+_LOOKS_A_TELLING = 10  # of metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +60,12 @@ class TritonPythonModel:
             f"{args['model_name']} on {opened.executor.backend}: {opened.bundle.layout.describe()};"
             f" {pool.slots} slots of {pool.capacity} tokens, {pool.total} bytes of KV cache"
         )
-        self.start(opened, options)
+        self.start(opened, options, args["model_name"], args["model_version"])
 
-    def start(self, opened: Opened, options: Options) -> None:
+    def start(self, opened: Opened, options: Options, name: str, version: str) -> None:
         """Take requests for an opened bundle from now on."""
+        bundle = opened.bundle
+        metrics = Metrics(name, bundle.layout, bundle.dtype)
         self._model, self._seconds = opened.model, options.request_seconds
         self._delivered: SimpleQueue[Outputs | None] = SimpleQueue()
         self._running: dict[int, Running] = {}
@@ -69,10 +75,12 @@ class TritonPythonModel:
             opened.executor,
             self._delivered.put,
             tokenizer=opened.model.tokenizer,
-            ends=end_tokens(opened.bundle.folder),
+            ends=end_tokens(bundle.folder),
             chunk=options.chunk,
             limits=options.limits,
+            observer=metrics,
         )
+        self._metrics = TritonMetrics(metrics, self.engine, name, version)
         self.engine.start()
         self._threads = [
             threading.Thread(target=self._send, name="answers", daemon=True),
@@ -132,8 +140,12 @@ class TritonPythonModel:
                     _tell(running, output)
 
     def _watch(self) -> None:
-        """Cancel what nobody waits for; end what waits for a step that hangs."""
-        while not self._over.wait(_LOOK_SECONDS):
+        """Cancel what nobody waits for; end what waits for a step that hangs; tell how it goes."""
+        for look in count():
+            if self._over.wait(_LOOK_SECONDS):
+                return
+            if look % _LOOKS_A_TELLING == 0:
+                self._metrics.update()
             with self._lock:
                 running = list(self._running.items())
             if running and self.engine.stalled:
