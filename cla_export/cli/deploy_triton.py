@@ -7,7 +7,15 @@ import typer
 
 from cla_export.cli.deploy import group
 from cla_export.cli.options import AsJson, BundleFolder, EngineFolder, Threads
-from cla_export.cli.serve_options import BackendChoice, KvMemory, MaxLen, Slots
+from cla_export.cli.serve_options import (
+    BackendChoice,
+    Chunk,
+    KvMemory,
+    MaxLen,
+    MaxQueuedRequests,
+    RequestTimeout,
+    Slots,
+)
 from cla_export.cli.terminal import console_for, show
 
 
@@ -26,7 +34,10 @@ def triton(
     slots: Slots = None,
     kv_memory: KvMemory = None,
     max_len: MaxLen = None,
+    chunk: Chunk = 64,
     threads: Threads = None,
+    max_queued_requests: MaxQueuedRequests = 256,
+    request_timeout: RequestTimeout = 600.0,
     force: Annotated[bool, typer.Option("--force", help="Replace a model of that name.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,7 +58,10 @@ def triton(
         slots=slots,
         kv_memory=kv_memory,
         max_len=max_len,
+        chunk=chunk,
         threads=threads,
+        max_queued_requests=max_queued_requests,
+        request_timeout=request_timeout,
     )
     model = write_model(repository, parameters, name=name, copy=copy, force=force)
     if as_json:

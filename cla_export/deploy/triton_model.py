@@ -1,17 +1,19 @@
 """The model that Triton's Python backend runs: an engine, whose sequences are Triton's requests.
 
-Three threads beside Triton's own: the engine's; one that sends what it delivers, so that a slow
-client never makes the engine wait; one that looks for requests that were cancelled, and tells
-Triton the metrics. Importable only in Triton's Python backend.
+Two threads beside Triton's own: the engine's, and one that tells Triton what it delivers, so that
+the engine never waits for a client. That one alone touches requests that run: asking whether one
+was cancelled while its last answer is on its way would bring the server down. Importable only in
+Triton's Python backend.
 """
 
 import json
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from time import monotonic
 from typing import Any
 
 import triton_python_backend_utils as pb
@@ -30,8 +32,9 @@ from cla_export.serve.requests import Output, Request
 from cla_export.serve.scheduler import Outputs
 from cla_export.serve.server import Opened, Options, check_options, open_model
 
+_log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.05  # between two looks for cancelled requests
-_LOOKS_A_TELLING = 10  # of metrics
+_TELL_SECONDS = 0.5  # between two tellings of metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,6 @@ class TritonPythonModel:
         self._delivered: SimpleQueue[Outputs | None] = SimpleQueue()
         self._running: dict[int, Running] = {}
         self._lock = threading.Lock()  # of _running
-        self._over = threading.Event()
         self.engine = Engine(
             opened.executor,
             self._delivered.put,
@@ -82,12 +84,8 @@ class TritonPythonModel:
         )
         self._metrics = TritonMetrics(metrics, self.engine, name, version)
         self.engine.start()
-        self._threads = [
-            threading.Thread(target=self._send, name="answers", daemon=True),
-            threading.Thread(target=self._watch, name="watch", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._worker = threading.Thread(target=self._work, name="answers", daemon=True)
+        self._worker.start()
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Queue requests; their answers are sent as they come."""
@@ -97,14 +95,16 @@ class TritonPythonModel:
                 self._queue(request, sender)
             except ApiError as error:
                 _end(sender, to_error(error))
+            except Exception as error:  # ours
+                _log.exception("a request could not be read")
+                _end(sender, to_error(ApiError(500, f"the model failed: {error!r}")))
 
     def finalize(self) -> None:
         """Let go of everything; Triton unloads a model once its requests have ended."""
         self.engine.stop()
-        self._over.set()
         self._delivered.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._worker.join()
+        del self._metrics  # while Triton still listens: their end is told to it
 
     def _queue(self, request: Any, sender: Any) -> None:  # noqa: ANN401
         asked = self._read(request)
@@ -130,29 +130,47 @@ class TritonPythonModel:
         check_length(self._model, asked, "input_ids")
         return asked
 
-    def _send(self) -> None:
-        while (outputs := self._delivered.get()) is not None:
-            for number, output in outputs:
-                with self._lock:
-                    known = self._running
-                    running = known.pop(number, None) if output.last else known.get(number)
-                if running is not None:  # else it failed here already
-                    _tell(running, output)
-
-    def _watch(self) -> None:
-        """Cancel what nobody waits for; end what waits for a step that hangs; tell how it goes."""
-        for look in count():
-            if self._over.wait(_LOOK_SECONDS):
+    def _work(self) -> None:
+        """Send answers, and look now and then who is gone, until None is delivered."""
+        look, tell = 0.0, 0.0  # when to do it next
+        while True:
+            try:
+                outputs = self._delivered.get(timeout=max(0.0, look - monotonic()))
+            except Empty:
+                outputs = []
+            if outputs is None:
                 return
-            if look % _LOOKS_A_TELLING == 0:
+            self._send(outputs)
+            if monotonic() >= look:
+                self._look()
+                look = monotonic() + _LOOK_SECONDS
+            if monotonic() >= tell:
                 self._metrics.update()
+                tell = monotonic() + _TELL_SECONDS
+
+    def _send(self, outputs: Outputs) -> None:
+        for number, output in outputs:
             with self._lock:
-                running = list(self._running.items())
-            if running and self.engine.stalled:
-                self._delivered.put([(number, _STALLED) for number, _ in running])
-            gone = [number for number, one in running if one.sender.is_cancelled()]
-            if gone:
-                self.engine.cancel(gone)
+                known = self._running
+                running = known.pop(number, None) if output.last else known.get(number)
+            if running is None:
+                continue  # it failed here already
+            try:
+                _tell(running, output)
+            except Exception:  # Triton's: this request's trouble, and not the others'
+                _log.exception("an answer could not be sent")
+                self.engine.cancel([number])
+
+    def _look(self) -> None:
+        """Cancel what nobody waits for; end what waits for a step that hangs."""
+        with self._lock:
+            running = list(self._running.items())
+        gone = [number for number, one in running if one.sender.is_cancelled()]
+        if running and self.engine.stalled:
+            gone = [number for number, _ in running]
+            self._send([(number, _STALLED) for number in gone])
+        if gone:
+            self.engine.cancel(gone)
 
 
 _STALLED = Output(failure=STALLED_FAILURE)
