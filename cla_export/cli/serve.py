@@ -33,6 +33,13 @@ def serve(
     chunk: Annotated[
         int, typer.Option(help="Prompt tokens read at once, between the others' steps.")
     ] = 64,
+    prefill_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Milliseconds that reading prompts may add to each token of the others, on "
+            "average; by default a chunk each."
+        ),
+    ] = None,
     threads: Threads = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model; by default the folder's name.")
@@ -85,6 +92,7 @@ def serve(
         kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
         max_len=max_len,
         chunk=chunk,
+        prefill_seconds=None if prefill_budget is None else prefill_budget / 1e3,
         threads=threads,
         name=served_model_name,
         keys=(*(api_key or ()), *_keys(api_key_file)),
