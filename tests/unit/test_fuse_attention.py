@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from cla_export import inspect
 from cla_export.errors import GraphError
 from cla_export.stateless_graph import rewrite_graph
 
@@ -195,6 +196,11 @@ def test_every_form_is_understood(tmp_path: Path, opset: int) -> None:
     assert done.error is not None and done.error < 2e-6
     fired = {report.name: report.fired for report in done.reports}["fuse_attention"]
     assert fired == len(FORMS) - (opset == 23)  # where the exporter keeps one whole
+    found = inspect(path)
+    assert (found.layout, found.graph and found.graph.stage) == (done.layout, "stateless")
+    assert found.graph is not None and found.graph.attention["spelt out"] == fired
+    weights = sum(p.numel() for p in Decoder(FORMS, OWNERS, KV_HEADS).parameters())
+    assert found.graph.weight_bytes["float32"] > 4 * weights, "weights, and tables"
 
 
 def test_the_older_exporter(tmp_path: Path) -> None:
