@@ -1,0 +1,1 @@
+"""A bundle on what runs many servers: Ray Serve."""
