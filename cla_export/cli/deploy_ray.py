@@ -149,12 +149,10 @@ def ray(
         )
         return
 
-    def announce(address: str, room: int) -> None:
-        if room < options.replicas.most:
-            console.print(f"this machine has room for {room} replicas", highlight=False)
-        console.print(f"serving {escape(plan.name)} on {address}", highlight=False)
+    def say(line: str) -> None:
+        console.print(escape(line), highlight=False)
 
-    raise typer.Exit(ray_local.run(plan, announce))
+    raise typer.Exit(ray_local.run(plan, say))
 
 
 def _path(path: Path | None) -> str | None:

@@ -5,18 +5,25 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Self
 
 from cla_export.deploy.ray_affinity import CALLBACK
 from cla_export.deploy.ray_config import QUIET
-from cla_export.deploy.ray_plan import RayPlan
+from cla_export.deploy.ray_plan import DEPLOYMENT, RayPlan
 from cla_export.environment import memory
 from cla_export.errors import BadInput, MissingEnvironment, RunError
 
 _STORE_BYTES = 128 * 2**20  # of Ray's object store; requests do not go through it
 _INTERRUPTED = 130
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LOOK_SECONDS = 1.0  # between looks at the replicas
+_DRAIN_LOOK_SECONDS = 0.1  # while they drain
+_ANSWER_SECONDS = 10.0  # that they have to answer then
+_FLUSH_SECONDS = 0.2  # for the last bytes on their way through Ray's proxy
 
 
 def check_installed() -> None:
@@ -32,7 +39,7 @@ def check_installed() -> None:
         ) from error
 
 
-def run(plan: RayPlan, announce: Callable[[str, int], None]) -> int:
+def run(plan: RayPlan, say: Callable[[str], None]) -> int:
     """Start Ray and the replicas, and serve until told to stop; the process's exit code.
 
     SIGTERM or SIGINT drains: no new requests come in, those that run may finish for the options'
@@ -40,52 +47,48 @@ def run(plan: RayPlan, announce: Callable[[str, int], None]) -> int:
 
     Args:
         plan: what to run.
-        announce: called once requests are taken, with the address and with how many replicas this
-            machine has room for.
+        say: called with a line for the operator: the address once requests are taken, and how many
+            replicas run whenever that changes.
 
     Raises:
         BadInput: the port is taken, or the replicas' pools are larger than the memory.
         MissingEnvironment: too few processors or GPUs for the least number of replicas.
-        RunError: a replica could not start.
+        RunError: a replica could not start, or Ray ended.
     """
     port = _free_port(plan)
     _check_memory(plan)
-    stop = _Stop()
-    with stop.listening(), _ray(plan) as room:
-        from ray import serve
-
+    with _ray(plan) as room:
+        if room < plan.options.replicas.most:
+            say(f"this machine has room for {room} of {plan.options.replicas.most} replicas")
         _start(plan, port)
-        if not stop.told.is_set():
+        with _Signals() as signals:
             scheme = "http" if plan.options.certificate is None else "https"
-            announce(f"{scheme}://{plan.options.host}:{port}", room)
-            stop.told.wait()
-        if not stop.at_once.is_set():
-            drained = threading.Thread(target=_drain, args=(plan, serve), daemon=True)
-            drained.start()
-            while drained.is_alive() and not stop.at_once.is_set():
-                drained.join(0.1)
-    return _INTERRUPTED if stop.at_once.is_set() else 0
+            say(f"serving {plan.name} on {scheme}://{plan.options.host}:{port}")
+            _watch(plan, signals, say)
+            stopping = threading.Thread(target=_drain, args=(plan,), daemon=True)
+            stopping.start()
+            while stopping.is_alive() and not signals.again.wait(0.1):
+                pass
+    return _INTERRUPTED if signals.again.is_set() else 0
 
 
-class _Stop:
-    """Signals: the first drains, the second does not."""
+class _Signals:
+    """SIGTERM and SIGINT: the first one, and any other."""
 
     def __init__(self) -> None:
         self.told = threading.Event()
-        self.at_once = threading.Event()
+        self.again = threading.Event()
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, self._hear) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _hear(self, _number: int, _frame: object) -> None:
-        (self.at_once if self.told.is_set() else self.told).set()
+        (self.again if self.told.is_set() else self.told).set()
 
 
 @contextmanager
@@ -96,17 +99,40 @@ def _ray(plan: RayPlan) -> Iterator[int]:
         os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", CALLBACK)
     import ray
 
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=_STORE_BYTES,
-    )
-    try:
-        yield _room(plan, ray.cluster_resources())
-    finally:
-        ray.shutdown()
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    # Ray prints what its processes say about each other on standard output; see _watch instead.
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_STORE_BYTES,
+            )
+            for number, handler in before.items():  # Ray took them, and would leave processes
+                signal.signal(number, handler)
+            yield _room(plan, ray.cluster_resources())
+        finally:
+            ray.shutdown()
+
+
+def _watch(plan: RayPlan, signals: _Signals, say: Callable[[str], None]) -> None:
+    """Until the first signal: say how many replicas run, and what Ray says of it, on a change."""
+    from ray import serve
+    from ray.exceptions import RayError
+
+    told = ""
+    while not signals.told.wait(_LOOK_SECONDS):
+        try:
+            found = serve.status().applications[plan.application].deployments[DEPLOYMENT]
+        except (RayError, KeyError) as error:
+            raise RunError(f"Ray has ended, or its Serve: {error!r}") from error
+        states = {str(getattr(s, "value", s)): n for s, n in found.replica_states.items() if n}
+        line = ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items()))
+        if line != told and (told or len(states) > 1):
+            say(f"replicas: {line}. {found.message}".rstrip(". "))
+        told = line
 
 
 def _room(plan: RayPlan, there: dict[str, float]) -> int:
@@ -155,13 +181,29 @@ def _start(plan: RayPlan, port: int) -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     http = plan.http(port)
     serve.start(proxy_location="HeadOnly", http_options=http, logging_config=QUIET)
-    target: Any = bind(plan.options.replica.to_json(), plan.deployment())
+    target = bind(plan.options.replica.to_json(), plan.deployment())
     try:
         serve.run(target, name=plan.application, logging_config=QUIET)
     except RuntimeError as error:
         raise RunError(f"the replicas did not start: {error}") from error
 
 
-def _drain(plan: RayPlan, serve: Any) -> None:  # noqa: ANN401 - a module
-    serve.delete(plan.application)
-    serve.shutdown()
+def _drain(plan: RayPlan) -> None:
+    """Let what runs end, for as long as it may; the rest ends with an error."""
+    from ray import serve
+
+    replicas = serve.get_app_handle(plan.application)
+    ends = time.monotonic() + plan.options.shutdown_seconds
+
+    def all_of_them(method: str) -> list[object]:
+        asked = replicas.broadcast(method)
+        return list(asked.results(timeout_s=_ANSWER_SECONDS, return_exceptions=True))
+
+    try:
+        all_of_them("drain")
+        while False in all_of_them("idle") and time.monotonic() < ends:
+            time.sleep(_DRAIN_LOOK_SECONDS)
+        all_of_them("stop")
+        time.sleep(_FLUSH_SECONDS)
+    except TimeoutError:
+        return  # they hang, and end with Ray

@@ -11,6 +11,7 @@ from cla_export.serve.engine import State
 from cla_export.serve.gate import App, Gate, Message, Receive, Scope, Send
 from cla_export.serve.server import create_server, open_model
 
+_STOP_SECONDS = 2.0  # that a step may still take at the end
 _METRICS_SECONDS = 5.0  # that the other replicas have to tell theirs
 
 
@@ -49,9 +50,21 @@ class Replica:
         """This replica's name and metrics."""
         return self._name, self._metrics.families(self._engine)
 
+    def drain(self) -> None:
+        """Refuse new requests from now on."""
+        self._engine.drain()
+
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return self._engine.idle
+
+    def stop(self) -> None:
+        """End all that run with an error."""
+        self._engine.stop(_STOP_SECONDS)
+
     def __del__(self) -> None:
         if hasattr(self, "_engine"):
-            self._engine.stop()
+            self.stop()
 
     def _answer(self, app: App) -> App:
         """The application, but for /metrics, which are those of all replicas."""
