@@ -209,6 +209,11 @@ def _scales(checkpoint: Checkpoint, text: Path | None) -> "tuple[list[Scales], s
 
     spec = checkpoint.spec
     check_heads(spec.layout)
+    if spec.spelt_attention:
+        raise BadInput(
+            f"kv_cache is 'int8' and {checkpoint.module} writes its attention out, so nothing "
+            "shows the keys and values to choose scales for; call scaled_dot_product_attention"
+        )
     stream, origin = token_stream(checkpoint.folder, spec.vocab_size, text)
     return calibrate(load_model(checkpoint), stream), origin
 
