@@ -70,6 +70,7 @@ class Engine:
         tokenizer: the model's; None: outputs have no text.
         ends: the model's end tokens.
         chunk: prompt tokens of one prefill call.
+        prefill_seconds: as of `Scheduler`.
         limits: of the queue.
         observer: told of steps and ends, in the engine's thread.
         clock: seconds; only ever forward.
@@ -83,6 +84,7 @@ class Engine:
         tokenizer: "Tokenizer | None" = None,
         ends: frozenset[int] = frozenset(),
         chunk: int = CHUNK,
+        prefill_seconds: float | None = None,
         limits: Limits | None = None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -98,7 +100,9 @@ class Engine:
             for skip in (False, True)
         }
         self._ends = ends
-        self._scheduler = Scheduler(executor, clock, chunk=chunk, observer=observer)
+        self._scheduler = Scheduler(
+            executor, clock, chunk=chunk, prefill_seconds=prefill_seconds, observer=observer
+        )
         self._changed = threading.Condition()
         self._state = State.ready  # this and the next five are the lock's
         self._incoming: deque[Sequence] = deque()
@@ -266,10 +270,16 @@ class Engine:
 
     def _tick(self, cancelled: frozenset[int]) -> None:
         self._step_began = began = self.clock()
-        outputs = self._scheduler.tick(cancelled)
+        for outputs in self._scheduler.tick(cancelled):
+            self._note()
+            self._tell(outputs)
         self._step_began = None
         if self._scheduler.active:
             self._tick_seconds += 0.1 * (self.clock() - began - self._tick_seconds)
+        self._note()
+
+    def _note(self) -> None:
+        """Take over what the scheduler has come to, before anybody hears of it."""
         with self._changed:
             self._queued_tokens = sum(
                 sequence.request.total for sequence in (*self._incoming, *self._scheduler.waiting)
@@ -278,6 +288,8 @@ class Engine:
                 self._state = State.dead
                 message = f"the engine is dead: {self._scheduler.dead}"
                 self._failure = Failure(DEAD, message) if self._incoming else None
+
+    def _tell(self, outputs: Outputs) -> None:
         try:
             self.deliver(outputs)
         except Exception:  # whoever listens is gone; the others are not

@@ -38,6 +38,7 @@ class Options:
     kv_memory: int | None = None
     max_len: int | None = None  # tokens of a slot; None: the model's positions
     chunk: int = CHUNK
+    prefill_seconds: float | None = None  # as of `Scheduler`
     threads: int | None = None
     name: str | None = None  # that clients call the model; None: the bundle's folder
     keys: tuple[str, ...] = ()
@@ -82,6 +83,10 @@ def check_options(options: Options) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise BadInput(f"{name} is {number}; expected at least 1")
+    if options.prefill_seconds is not None and not options.prefill_seconds > 0:
+        raise BadInput(
+            f"--prefill-budget is {1e3 * options.prefill_seconds:g} ms; expected more than 0"
+        )
     try:
         import fastapi  # noqa: F401
         import jinja2  # noqa: F401
@@ -160,6 +165,7 @@ def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
         tokenizer=model.tokenizer,
         ends=end_tokens(bundle.folder),
         chunk=options.chunk,
+        prefill_seconds=options.prefill_seconds,
         limits=options.limits,
         observer=metrics,
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def run(scheduler, *requests):
         scheduler.waiting.append(Sequence(number, request, frozenset(), None))
     outputs = []
     while scheduler.busy:
-        outputs += scheduler.tick()
+        outputs += chain.from_iterable(scheduler.tick())
     return dict(outputs)
 
 
