@@ -318,6 +318,7 @@ def test_seeds_give_the_same_text_whatever_happens(demo_bundle):
     """Alone, after a prefix hit, in a full batch with others waiting, and after a restart."""
     prompt = "And it came to pass in those days, that there went out a decree. " * 6
     body = {"prompt": prompt, "max_tokens": 30, "seed": 11, "ignore_eos": True}
+    others = [{"prompt": f"Verse {i}: behold", "seed": i, "max_tokens": 60} for i in range(7)]
     texts = []
     for number in (signal.SIGKILL, signal.SIGTERM):
         with ServerProcess(demo_bundle, "--threads", 1, "--slots", 4) as server:
@@ -329,10 +330,7 @@ def test_seeds_give_the_same_text_whatever_happens(demo_bundle):
             alone, again = complete({}), complete({})
             assert alone["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
             assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 64
-            others = [
-                {"prompt": f"Verse {i}: behold", "seed": i, "max_tokens": 60} for i in range(7)
-            ]
-            *_, full = in_threads(8, lambda i: complete(others[i] if i < 7 else {}))
+            *_, full = in_threads(8, lambda i, ask=complete: ask([*others, {}][i]))
             texts += [answer["choices"][0]["text"] for answer in (alone, again, full)]
             server.signal(number)
             assert server.wait() == (0 if number == signal.SIGTERM else -number)

@@ -1,7 +1,6 @@
 """The process, as a supervisor sees it: it loads, dies, is told to stop, has no room to write."""
 
 import json
-import json
 import shutil
 import signal
 import socket
