@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _BLOCK = 256  # tokens
 _ROUND = 2**32  # numbers that a round of a race may use
 _SHORTEST = np.float32(2**-25)  # of a race's times: none is 0
-_COLDEST = np.finfo(np.float32).tiny  # a temperature of 0 is no number to divide by
+_COLDEST = np.float32(1e-20)  # a lower temperature is as good as 0, and may be 0 in float32
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
