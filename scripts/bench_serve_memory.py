@@ -187,7 +187,8 @@ def plot(run: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
         axes.set_xlabel("budget for keys and values, MiB")
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.margins(y=0.12)
         axes.set_title(title, fontsize=11, loc="left")
         axes.grid(axis="y", color="#e5e7eb")
@@ -195,7 +196,7 @@ def plot(run: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
     model, place = run["model"], run["machine"]
     figure.suptitle(
         f"{model['layers']} layers of {model['hidden']}, {model['kv_heads']} kv heads of "
-        f"{model['head_dim']}, float32, {place['threads']} threads of {place['processor']}, "
+        f"{model['head_dim']}, float32, {place['threads']} of {place['cpus']} CPUs of {place['processor']}, "
         f"{run['date']}",
         fontsize=11, x=0.01, ha="left",
     )  # fmt: skip
