@@ -52,6 +52,7 @@ _ONE_THREAD = 2**24  # parameters
 _ON_GPU = 8192  # tokens a slot holds there, at most
 _SLOTS = 8  # there: more than any case needs
 _SHOWN = "decode"  # the case whose layers are shown where nothing fails
+_SPELT = "the module spells its attention out, where PyTorch has no keys and values to show"
 
 
 def _silent(_what: str, _done: int, _of: int) -> None:
@@ -103,24 +104,19 @@ def compare_bundle(
     began = perf_counter()
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
-    if debug_dir is not None:
-        check_debug_dir(debug_dir)
     stored = None if baseline is None else read_baseline(baseline)
     backend = backend_of(bundle, target)
     if backend == "torch":
         raise BadInput("target is torch, which is what a bundle is compared with; name a runtime")
     if executor is None:
         executor = _executor_of(bundle, backend, target, engine)
-    if executor is not None and debug_dir is not None:
-        raise BadInput(
-            f"--debug-dir: {executor.backend} shows no values inside; export the model for "
-            "onnxruntime too and run parity there, which finds what the graph has wrong"
-        )
-    positions = bundle.max_positions
-    if executor is not None:
-        positions = min(positions, executor.capacity)
+    most = bundle.max_positions
+    positions = most if executor is None else min(most, executor.capacity)
     folder = Path(reference) if reference is not None else bundle.source
     checkpoint = _checkpoint(bundle, folder, bundle.module_named(module))
+    whole_rows = checkpoint.spec.spelt_attention
+    if debug_dir is not None:
+        _check_inside(debug_dir, executor, whole_rows=whole_rows)
     stream, origin = token_stream(bundle, text, seed)
     weights = bundle.quantization
     arithmetic, threshold = threshold_of(bundle.dtype, weights.name if weights else None)
@@ -146,9 +142,9 @@ def compare_bundle(
         unquantized = perplexity(plain.logits, stream, report.length)
     with _torch_threads(model):
         sides = _sides(bundle, checkpoint, model, report)
-        held = _made_up(sides, stream, min(_HELD, positions), bundle.dtype)
         size = sum(parameter.numel() for parameter in model.parameters())
-        setups = make_setups(bundle, positions, stream, seed, size)
+        setups = make_setups(bundle, positions, stream, seed, size, made_up=not whole_rows)
+        held = _made_up(sides, stream, min(_HELD, positions), bundle.dtype)
         run = _Run(
             bundle, sides, threshold, held, setups, onnxruntime, executor, threads, report, progress
         )
@@ -206,11 +202,25 @@ class _Run:
     progress: Progress
     stock: bool = True  # run model.onnx, not the graph for CPUs
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether PyTorch's side has logits of whole rows alone."""
+        return self.sides.exact.model.spec.spelt_attention
+
     def compare(self) -> None:
         """All cases, on both sides."""
+        if self.stock and self.whole_rows:
+            self.report.notes.append(
+                f"{_SPELT}: logits were compared with it over whole rows, caches and layers by "
+                "what they make of the logits alone"
+            )
         if self.stock:
-            self.report.notes += _unreached(self.bundle, self.setups[1].capacity, self.executor)
+            why = "PyTorch runs whole rows up to them" if self.whole_rows else None
+            reached = self.setups[1].capacity
+            self.report.notes += _unreached(self.bundle, reached, self.executor, why)
         for setup in self.setups:
+            if not setup.cases:
+                continue
             if self.executor is not None:
                 self.report.notes += _leave_out(setup, self.executor.slots)
             if self.stock:
@@ -237,6 +247,8 @@ class _Run:
     def look_inside(self, debug_dir: Path | None) -> None:
         """Replay every case with every layer in view; report the first that fails, or one."""
         report = self.report
+        if self.whole_rows:
+            return
         if self.executor is not None:
             report.notes.append(
                 f"{self.executor.backend}: an engine shows no values inside, so caches and logits "
@@ -304,7 +316,10 @@ class _Run:
         return executor
 
     def _compare_case(self, case: Case, executor: Executor) -> list[TensorResult]:
-        runners = [TorchRunner(self.sides.exact, self.held), ExecutorRunner(executor, self.held)]
+        runners = [
+            TorchRunner(self.sides.exact, self.held),
+            ExecutorRunner(executor, self.held, caches=not self.whole_rows),
+        ]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
             runs = Comparator.run(runners, data_loader=[case.feed])
             expected, got = (iterations[0] for _, iterations in runs.items())
@@ -364,6 +379,18 @@ def _torch_threads(model: Decoder) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _check_inside(debug_dir: Path, executor: Executor | None, *, whole_rows: bool) -> None:
+    """Refuse --debug-dir where one side shows nothing inside, or its folder is in use."""
+    check_debug_dir(debug_dir)
+    if executor is not None:
+        raise BadInput(
+            f"--debug-dir: {executor.backend} shows no values inside; export the model for "
+            "onnxruntime too and run parity there, which finds what the graph has wrong"
+        )
+    if whole_rows:
+        raise BadInput(f"--debug-dir: {_SPELT}, so there is nothing inside to compare with")
+
+
 def _checkpoint(bundle: Bundle, folder: Path, module: str | None) -> Checkpoint:
     if not folder.is_dir():
         raise BundleError(
@@ -380,7 +407,7 @@ def _checkpoint(bundle: Bundle, folder: Path, module: str | None) -> Checkpoint:
 
 
 def _made_up(sides: Reference, stream: Sequence[int], count: int, dtype: str) -> GroupKV:
-    """Keys and values of some tokens, as the bundle's dtype holds them, in float32."""
+    """Keys and values of some tokens, as the bundle's dtype holds them, in float32; see `Side`."""
     tokens = np.resize(np.asarray(stream, np.int64), count)
     kind = getattr(torch, dtype)
 
@@ -406,10 +433,12 @@ def _leave_out(setup: Setup, slots: int) -> Iterator[str]:
         yield f"not run, since {slots} slots are too few for them: {', '.join(left)}"
 
 
-def _unreached(bundle: Bundle, reached: int, executor: Executor | None) -> Iterator[str]:
-    """What no case gets to."""
+def _unreached(
+    bundle: Bundle, reached: int, executor: Executor | None, why: str | None
+) -> Iterator[str]:
+    """What no case gets to, and why, where that is not the size of caches or of an engine."""
     if reached < bundle.max_positions:
-        why = "caches that reach them would be large"
+        why = why or "caches that reach them would be large"
         if executor is not None and reached == executor.capacity:
             why = "the engine was not built for them"
         yield f"positions from {reached:,} to {bundle.max_positions - 1:,} were not run: {why}"

@@ -50,6 +50,8 @@ class Side:
     ) -> tuple[Exact, GroupKV]:
         """Logits [S, V] of one row of tokens [S], and each group's new K and V [S, Hkv, D].
 
+        None of these where the module spells its attention out; it takes no `held` then.
+
         `held` is what the groups' caches hold before the row's first token.
         """
         start = len(held[0][0]) if held is not None else 0

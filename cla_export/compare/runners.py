@@ -3,7 +3,8 @@
 Both return, for all rows of a case one after another and valid positions only,
 
     logits           [N, V]
-    cache.{g}.key    [M, Hkv, D]   what group g's cache holds of them at the end, and .value
+    cache.{g}.key    [M, Hkv, D]   what group g's cache holds of them at the end, and .value;
+                                   neither where PyTorch's side has none to show
 
 PyTorch in float64, a bundle in float32.
 """
@@ -73,11 +74,15 @@ class TorchRunner(_CaseRunner):
 
 
 class ExecutorRunner(_CaseRunner):
-    """A bundle: prompts, chunks and steps as a server would run them."""
+    """A bundle: prompts, chunks and steps as a server would run them.
 
-    def __init__(self, executor: Executor, held: GroupKV) -> None:
+    Without `caches`, logits alone are returned.
+    """
+
+    def __init__(self, executor: Executor, held: GroupKV, *, caches: bool = True) -> None:
         super().__init__("bundle", held)
         self._executor = executor
+        self._caches = caches
 
     def run_case(self, feed: Feed) -> Outputs:
         if feed["held"].any():
@@ -107,7 +112,8 @@ class ExecutorRunner(_CaseRunner):
             for index, row_logits in enumerate(executor.decode(slots, tokens, lengths)):
                 logits[index].append(row_logits[None])
         caches = [
-            cache_rows(executor, slot, 0, len(row)) for slot, row in zip(slots, rows, strict=True)
+            cache_rows(executor, slot, 0, len(row)) if self._caches else []
+            for slot, row in zip(slots, rows, strict=True)
         ]
         return _outputs([np.concatenate(parts) for parts in logits], caches)
 

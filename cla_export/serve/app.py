@@ -19,6 +19,7 @@ from cla_export.serve.engine import State
 from cla_export.serve.errors import ApiError
 from cla_export.serve.events import EventStream
 from cla_export.serve.handlers import Job, Service
+from cla_export.serve.intake import from_fault
 from cla_export.serve.metrics import Metrics
 from cla_export.serve.requests import DEAD
 from cla_export.serve.watchdog import keep_watch
@@ -50,7 +51,7 @@ def create_app(served: Served) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.metrics = metrics
+    app.state.metrics, app.state.streams = metrics, streams
     _tell_errors(app, metrics)
 
     @app.post("/v1/completions")
@@ -169,22 +170,4 @@ def _tell_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> Response:
-        return tell(_from_validation(error))
-
-
-def _from_validation(error: RequestValidationError) -> ApiError:
-    """400 for a body that is not as it should be, by its first fault; never what was in it."""
-    fault = error.errors()[0]
-    place = [str(part) for part in fault["loc"] if part != "body"]
-    param, code = ".".join(place) or None, None
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {message}", code="invalid_json")
-    if fault["type"] in ("model_attributes_type", "missing") and not place:
-        message = "expected a JSON object, with content-type application/json"
-        return ApiError(400, f"the body: {message}", code="invalid_json")
-    if fault["type"] == "extra_forbidden":
-        code, message = "unsupported_parameter", "this server does not have this parameter"
-    elif param is None and ": " in message:  # fields that do not fit together name themselves
-        param, message = message.split(": ", 1)
-    return ApiError(400, f"{param}: {message}" if param else message, param=param, code=code)
+        return tell(from_fault(error.errors()[0]))  # the first

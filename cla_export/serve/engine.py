@@ -32,7 +32,7 @@ class State(StrEnum):
     ready = "ready"  # takes it
     draining = "draining"  # refuses it; those that run go on
     stopped = "stopped"
-    dead = "dead"  # the executor failed for good
+    dead = "dead"  # the executor failed for good, or the thread
 
 
 class QueueFull(ClaExportError):
@@ -104,10 +104,11 @@ class Engine:
             executor, clock, chunk=chunk, prefill_seconds=prefill_seconds, observer=observer
         )
         self._changed = threading.Condition()
-        self._state = State.ready  # this and the next four are the lock's
+        self._state = State.ready  # this and the next five are the lock's
         self._incoming: deque[Sequence] = deque()
         self._cancelled: set[int] = set()
         self._failure: Failure | None = None  # what ends all that run
+        self._died = ""  # why the thread ended before it was told to
         self._next = 0
         self._step_began: float | None = None
         self._queued_tokens = 0
@@ -125,8 +126,8 @@ class Engine:
 
     @property
     def dead(self) -> str:
-        """Why the executor was given up; empty while it was not."""
-        return self._scheduler.dead
+        """Why the executor was given up, or the thread has ended; empty while neither is so."""
+        return self._scheduler.dead or self._died
 
     @property
     def load(self) -> Load:
@@ -238,6 +239,15 @@ class Engine:
         return max(1, min(_LONGEST_WAIT, math.ceil(wanted)))
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # even an exit that a library asks for ends this thread
+            _log.exception("the engine's thread failed")
+            with self._changed:
+                self._died = f"its thread ended: {error!r}"
+                self._state = State.dead
+
+    def _loop(self) -> None:
         while True:
             with self._changed:
                 while not self._has_work():

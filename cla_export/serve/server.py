@@ -1,12 +1,6 @@
-"""The server process: a bundle is opened, served, and let go of without dropping anybody."""
+"""What is served, and how: options are checked, a bundle is opened, an application made of it."""
 
-import asyncio
-import logging
-import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,11 +21,9 @@ from cla_export.serve.scheduler import CHUNK
 from cla_export.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    import uvicorn
     from fastapi import FastAPI
 
 _HERE = ("127.0.0.1", "localhost", "::1")
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,94 +173,3 @@ def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
     app = create_app(Served(service, metrics))
     add_page(app, model, streams.engine, bundle.layout, bundle.dtype, opened.pool)
     return app, streams.engine
-
-
-def serve(opened: Opened, options: Options, announce: Callable[[str], None]) -> int:
-    """Serve until told to stop; the process's exit code.
-
-    SIGTERM or SIGINT drains: new requests are refused, those that run may finish for
-    `shutdown_seconds`, then end with an error. A second signal stops at once.
-
-    Args:
-        opened: what is served.
-        options: how.
-        announce: called with the address once requests are taken.
-    """
-    import uvicorn
-
-    from cla_export.serve.gate import Gate
-
-    app, engine = create_server(opened, options)
-    refused = app.state.metrics.refused
-    config = uvicorn.Config(
-        Gate(app, options.keys, options.most_body, refused),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-        ssl_certfile=options.certificate,
-        ssl_keyfile=options.private_key,
-    )
-    server = _server(config)
-    try:
-        listening = socket.create_server((options.host, options.port))
-    except OSError as error:
-        raise BadInput(
-            f"--host {options.host} --port {options.port}: cannot listen there ({error.strerror})"
-        ) from error
-    scheme = "http" if options.certificate is None else "https"
-    address = f"{scheme}://{options.host}:{listening.getsockname()[1]}"
-    engine.start()
-    return asyncio.run(
-        _run(server, engine, listening, options.shutdown_seconds, lambda: announce(address))
-    )
-
-
-async def _run(
-    server: "uvicorn.Server",
-    engine: Engine,
-    listening: socket.socket,
-    seconds: float,
-    announce: Callable[[], None],
-) -> int:
-    loop, told = asyncio.get_running_loop(), asyncio.Event()
-    code = 0
-
-    def stop() -> None:
-        nonlocal code
-        if told.is_set():
-            code = _INTERRUPTED
-            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of what is cut short
-            server.should_exit = server.force_exit = True
-        engine.drain()
-        told.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
-    announce()
-    waiting = asyncio.create_task(told.wait())
-    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    ends = loop.time() + seconds
-    while not server.force_exit and not engine.idle and loop.time() < ends:
-        await asyncio.sleep(0.02)
-    engine.stop(0.0 if server.force_exit else 2.0)
-    await asyncio.sleep(0)  # the last outputs are on their way
-    server.should_exit = True
-    await serving
-    return code
-
-
-def _server(config: "uvicorn.Config") -> "uvicorn.Server":
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        """Leaves signals to us: uvicorn would refuse connections before anybody has noticed."""
-
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
-
-    return Server(config)

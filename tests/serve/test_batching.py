@@ -28,7 +28,7 @@ def test_forty_requests_give_what_they_give_alone(demo_bundle):
         assert found.same == found.requests >= 25
         assert found.cancelled > 0
         assert found.cached > 0
-        assert "Traceback" not in "".join(server.stderr)
+        assert "Traceback" not in server.stderr
 
 
 @pytest.fixture(scope="module")

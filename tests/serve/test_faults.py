@@ -17,7 +17,15 @@ import numpy as np
 import openai
 import pytest
 from fake import FakeExecutor, expected
-from running import PATIENCE, ServerProcess, application, metrics, running, wait_until
+from running import (
+    PATIENCE,
+    ServerProcess,
+    application,
+    in_threads,
+    metrics,
+    running,
+    wait_until,
+)
 
 from cla_export.bundle import open_bundle
 from cla_export.errors import BadInput, MissingEnvironment
@@ -57,20 +65,6 @@ def streaming(url, **given):
     body |= {"stream": True, "ignore_eos": True} | given
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as response:
         yield response
-
-
-def in_threads(count, work):
-    found = [None] * count
-
-    def one(index):
-        found[index] = work(index)
-
-    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    return found
 
 
 def test_overload_is_answered_at_once_and_those_inside_finish(tmp_path):
@@ -292,7 +286,7 @@ def test_sigterm_lets_running_streams_finish(demo_bundle):
         assert len(tokens) == 1200
         assert rest[-1]["choices"][0]["finish_reason"] == "length"
         assert server.wait() == 0
-        assert "Traceback" not in "".join(server.stderr)
+        assert "Traceback" not in server.stderr
 
 
 def test_sigterm_ends_what_takes_too_long_with_an_error(demo_bundle):
