@@ -3,6 +3,7 @@
 Plain data, in Kubernetes' own terms; `write_manifests` makes files of it.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -319,12 +320,6 @@ def as_yaml(deployment: Deployment, objects: Sequence[Json]) -> str:
     """The objects as YAML, one document each, with what has to be there before them."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):
-        """Writes what occurs twice twice."""
-
-        def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002
-            return True
-
     head = (
         "# Written by `cla-export deploy kubernetes`. Clients send a key of this secret:\n"
         f"#   kubectl create secret generic {deployment.keys_secret} "
@@ -335,5 +330,6 @@ def as_yaml(deployment: Deployment, objects: Sequence[Json]) -> str:
             "# The autoscaler reads cla_export_num_requests_running: it needs an adapter for\n"
             "# custom metrics (prometheus-adapter, say), and a scrape of /metrics with a key.\n"
         )
-    documents = [yaml.dump(one, Dumper=Dumper, sort_keys=False, width=100) for one in objects]
+    apart = [json.loads(json.dumps(one)) for one in objects]  # what occurs twice is written twice
+    documents = [yaml.safe_dump(one, sort_keys=False, width=100) for one in apart]
     return head + "---\n".join(documents)
