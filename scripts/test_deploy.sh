@@ -19,7 +19,7 @@ deploy() {
   local pip=".venv-deploy/bin/pip install -q --disable-pip-version-check"
   $pip 'torch==2.13.0' # before a range pulls in a build for CUDA
   $pip -e '.[cpu,serve]' \
-    'pytest>=8.3,<10' 'httpx>=0.28,<0.29'
+    'pytest>=8.3,<10' 'httpx>=0.28,<0.29' 'dockerfile-parse>=2.0.1,<3'
 }
 
 # What runs inside Triton, as in an image: without PyTorch. The wheel's tritonserver is 24.10, whose
