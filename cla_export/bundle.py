@@ -33,7 +33,12 @@ from cla_export.quantization import Quantization
 SCHEMA = 1
 MANIFEST = "bundle.json"
 BUILD_RECORD = "build.json"  # of an engine's folder
-_KINDS = {MANIFEST: "a bundle", BUILD_RECORD: "an engine", "config.pbtxt": "a Triton model"}
+_KINDS = {
+    MANIFEST: "a bundle",
+    BUILD_RECORD: "an engine",
+    "config.pbtxt": "a Triton model",
+    "kubernetes.yaml": "a cluster's manifests",
+}
 GRAPH = "model.onnx"
 CPU_GRAPH = "model.cpu.onnx"
 CUDA_GRAPH = "model.cuda.onnx"

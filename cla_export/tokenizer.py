@@ -42,7 +42,10 @@ def token_stream(
         if ids:
             return ids, path.name
     if text is not None:
-        why = f"{folder} has no tokenizer.json" if text.is_file() else "no such file"
+        lacks = (
+            f"{folder} has no tokenizer.json to read it with; put the model's there, or name none"
+        )
+        why = lacks if text.is_file() else "no such file"
         raise BadInput(f"{text}: {why}")
     generator = np.random.default_rng(seed)
     return generator.integers(0, vocab_size, _RANDOM_IDS).tolist(), f"random ids, seed {seed}"

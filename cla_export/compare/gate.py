@@ -34,6 +34,7 @@ from cla_export.compare.replay import (
 )
 from cla_export.compare.report import ParityReport, TensorResult
 from cla_export.compare.results import tensor_result
+from cla_export.compare.routing import routed
 from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
 from cla_export.compare.thresholds import Threshold, thresholds_of
 from cla_export.engines import onnxruntime_cuda
@@ -319,7 +320,7 @@ class _Run:
         )
 
     def _open(self, setup: Setup) -> Executor:
-        executor = self.executor or self.onnxruntime(
+        executor = self.executor or routed(self.onnxruntime, self.bundle)(
             self.bundle,
             capacity=setup.capacity,
             slots=setup.slots,
@@ -330,15 +331,14 @@ class _Run:
         return executor
 
     def _compare_case(self, case: Case, executor: Executor) -> list[TensorResult]:
-        runners = [
-            TorchRunner(self.sides.exact, self.held),
-            ExecutorRunner(executor, self.held, caches=not self.whole_rows),
-        ]
+        first = ExecutorRunner(executor, self.held, caches=not self.whole_rows)
+        runners = [first, TorchRunner(self.sides.exact, self.held, first.routes)]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
             runs = Comparator.run(runners, data_loader=[case.feed])
-            expected, got = (iterations[0] for _, iterations in runs.items())
+            got, expected = (iterations[0] for _, iterations in runs.items())
             natives = [
-                TorchRunner(side, self.held).run_case(case.feed) for side in self.sides.yardstick
+                TorchRunner(side, self.held, first.routes).run_case(case.feed)
+                for side in self.sides.yardstick
             ]
             keys = case.positions if case.positions > self.setups[0].capacity else 0
             allowed = {

@@ -18,6 +18,7 @@ those steps run on into the next.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from cla_export.compare.reference import Exact, GroupKV, Side
+from cla_export.compare.routing import ROUTER, Routes
 from cla_export.models.capped_attention import capped_attention
 
 CACHES = {"k": "key_cache", "v": "value_cache"}  # what goes in, and what is there afterwards
@@ -111,12 +113,14 @@ def torch_tensors(
     forced: Mapping[Key, Array],
     held: GroupKV | None = None,
     *,
+    routes: Routes | None = None,
     feel: bool = False,
 ) -> tuple[Tensors, Sensitivity]:
     """Every step of every layer for one row of tokens [S], each from what is in `forced`.
 
     `forced` holds what the bundle made, (layer, role) -> [S, width]; a step of which it lacks the
     input goes on from PyTorch's own. With `feel`, also each attention's sensitivity to its scores.
+    With `routes`, routers choose these; what they have scored [S, experts] is there by their role.
     """
     layout = side.model.spec.layout
     steps = _Steps(layout.kv_owner, forced, len(tokens), feel=feel)
@@ -127,11 +131,13 @@ def torch_tensors(
             if isinstance(part := getattr(layer, name, None), nn.Module):
                 handles.append(part.register_forward_hook(steps.of_module((index, role))))
     try:
-        with steps:
+        with side.follow(routes) if routes else nullcontext() as followed, steps:
             side.forward(tokens, held)
     finally:
         for handle in handles:
             handle.remove()
+    if followed is not None:
+        steps.found |= {(layer, ROUTER): found for layer, found in followed.scores.items()}
     return steps.found, steps.sensitivity
 
 

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from cla_export.compare.routing import Follow, Routes
 from cla_export.kv_scales import LEAST, MOST, Scales
 from cla_export.layout import KVLayout
 from cla_export.models.decoder import KV, Decoder, KVCache
@@ -50,14 +51,21 @@ class Side:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: NDArray[np.int64], held: GroupKV | None = None
+        self,
+        tokens: NDArray[np.int64],
+        held: GroupKV | None = None,
+        routes: Routes | None = None,
     ) -> tuple[Exact, GroupKV]:
         """Logits [S, V] of one row of tokens [S], and each group's new K and V [S, Hkv, D].
 
         None of these where the module spells its attention out; it takes no `held` then.
 
-        `held` is what the groups' caches hold before the row's first token.
+        `held` is what the groups' caches hold before the row's first token; `routes` are the
+        experts that its tokens go to, where not those that the module would choose.
         """
+        if routes:
+            with self.follow(routes):
+                return self.forward(tokens, held)
         start = len(held[0][0]) if held is not None else 0
         ids = torch.from_numpy(tokens)[None]
         positions = torch.arange(start, start + len(tokens))[None]
@@ -69,9 +77,13 @@ class Side:
                 logits, groups = self.model(ids, positions, cache), cache.groups
         return _exact(logits[0]), [(_tokens_first(k), _tokens_first(v)) for k, v in groups]
 
-    def logits(self, tokens: NDArray[np.int64]) -> Exact:
+    def follow(self, routes: Routes) -> Follow:
+        """The mode in which the module's routers choose these."""
+        return Follow(routes, list((self.model.spec.routed or {}).values()))
+
+    def logits(self, tokens: NDArray[np.int64], routes: Routes | None = None) -> Exact:
         """Logits [S, V] of one row of tokens [S]."""
-        return self.forward(tokens)[0]
+        return self.forward(tokens, None, routes)[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Self
 from cla_export.deploy.ray_affinity import CALLBACK
 from cla_export.deploy.ray_config import QUIET
 from cla_export.deploy.ray_plan import DEPLOYMENT, RayPlan
-from cla_export.environment import memory
+from cla_export.environment import cpus, memory, nvidia_gpus
 from cla_export.errors import BadInput, MissingEnvironment, RunError
 
 _STORE_BYTES = 128 * 2**20  # of Ray's object store; requests do not go through it
@@ -55,11 +55,11 @@ def run(plan: RayPlan, say: Callable[[str], None]) -> int:
         MissingEnvironment: too few processors or GPUs for the least number of replicas.
         RunError: a replica could not start, or Ray ended.
     """
-    port = _free_port(plan)
+    port, room = _free_port(plan), _check_room(plan)
     _check_memory(plan)
-    with _ray(plan) as room:
-        if room < plan.options.replicas.most:
-            say(f"this machine has room for {room} of {plan.options.replicas.most} replicas")
+    if room < plan.options.replicas.most:
+        say(f"this machine has room for {room} of {plan.options.replicas.most} replicas")
+    with _ray(plan):
         _start(plan, port)
         with _Signals() as signals:
             scheme = "http" if plan.options.certificate is None else "https"
@@ -92,8 +92,8 @@ class _Signals:
 
 
 @contextmanager
-def _ray(plan: RayPlan) -> Iterator[int]:
-    """A Ray of our own; the replicas that it has room for, at most those asked for."""
+def _ray(plan: RayPlan) -> Iterator[None]:
+    """A Ray of our own, with all of this machine's processors and GPUs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if plan.options.affinity == "prefix":
         os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", CALLBACK)
@@ -105,6 +105,8 @@ def _ray(plan: RayPlan) -> Iterator[int]:
         try:
             ray.init(
                 address="local",
+                num_cpus=cpus(),
+                num_gpus=_gpus(),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -112,7 +114,7 @@ def _ray(plan: RayPlan) -> Iterator[int]:
             )
             for number, handler in before.items():  # Ray took them, and would leave processes
                 signal.signal(number, handler)
-            yield _room(plan, ray.cluster_resources())
+            yield
         finally:
             ray.shutdown()
 
@@ -135,21 +137,30 @@ def _watch(plan: RayPlan, signals: _Signals, say: Callable[[str], None]) -> None
         told = line
 
 
-def _room(plan: RayPlan, there: dict[str, float]) -> int:
+def _check_room(plan: RayPlan) -> int:
     """Replicas that fit the processors and GPUs; MissingEnvironment if that is too few."""
     replicas, room = plan.options.replicas, plan.options.replicas.most
-    needs = (("CPU", plan.options.cpus, "--num-cpus"), ("GPU", plan.gpus, "--num-gpus"))
-    for kind, each, option in needs:
-        have = there.get(kind, 0.0)
+    needs = (
+        ("CPU", cpus(), plan.options.cpus, "--num-cpus"),
+        ("GPU", _gpus(), plan.gpus, "--num-gpus"),
+    )
+    for kind, have, each, option in needs:
         fit = int(have / each + 1e-6) if each else room
         if fit < replicas.least:
             raise MissingEnvironment(
-                f"{replicas.least} replicas need {replicas.least * each:g} {kind}s, and Ray finds "
-                f"{have:g} on this machine: ask for fewer with --replicas, or give each a smaller "
-                f"share with {option} (now {each:g}); a cluster takes what --write FILE.yaml writes"
+                f"at least {replicas.least} replicas of {each:g} {kind} each are asked for, and "
+                f"this machine has {have} {kind}: ask for fewer with --replicas, or a smaller "
+                f"share with {option}; a cluster takes what --write FILE.yaml writes"
             )
         room = min(room, fit)
     return room
+
+
+def _gpus() -> int:
+    """NVIDIA GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = len(nvidia_gpus()[0])
+    return found if visible is None else min(found, len([n for n in visible.split(",") if n]))
 
 
 def _check_memory(plan: RayPlan) -> None:

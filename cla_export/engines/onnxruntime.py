@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cla_export.bundle import GRAPH, Bundle
+from cla_export.bundle import GRAPH, MANIFEST, Bundle
 from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor, capacity_of
-from cla_export.errors import BadInput, MissingEnvironment, RunError
+from cla_export.errors import BadInput, BundleError, MissingEnvironment, RunError
 from cla_export.kv_scales import from_int8, read_scales, to_int8
 from cla_export.layout import KVLayout
 from cla_export.plugin import compile_cpu
@@ -72,6 +72,7 @@ class OnnxRuntimeExecutor(PooledExecutor):
         kind = np.dtype(np.int8 if narrow else _NUMPY[bundle.dtype])
         self._pools = _empty_pools(self.layout, slots, capacity, kind)
         self._views: dict[tuple[int, int], list[tuple[str, Any]]] = {}
+        self._check_caches()
 
     def cache(self, group: int) -> Cache:
         """The group's pools themselves, [slots, Hkv, C, D]."""
@@ -155,6 +156,26 @@ class OnnxRuntimeExecutor(PooledExecutor):
         width = int((starts + length).max())
         return {"attention_mask": (np.arange(width) < held[:, None]).astype(np.int64)}
 
+    def _check_caches(self) -> None:
+        """Raise BundleError if the graph has other caches than the layout says."""
+        ours = {
+            f"past_key_values.{group}.{part}": (pool.shape[1], pool.shape[3])
+            for group, pools in enumerate(self._pools)
+            for part, pool in zip(("key", "value"), pools, strict=True)
+        }
+        takes = {
+            value.name: (value.shape[1], value.shape[3])
+            for value in self._session.get_inputs()
+            if value.name.startswith("past_key_values.")
+        }
+        differ = sorted(ours.items() ^ takes.items())
+        if differ:
+            name = differ[0][0]
+            raise BundleError(
+                f"{self.graph}: {name} is {_heads(takes.get(name))}, and {_heads(ours.get(name))} "
+                f"by {MANIFEST}'s layout of {len(self.layout.groups)} groups; export it again"
+            )
+
     def _views_of(self, first: int, rows: int) -> list[tuple[str, Any]]:
         """Cache name -> OrtValue over the consecutive slots; aliases the pool, which we keep."""
         if (first, rows) not in self._views:
@@ -167,6 +188,10 @@ class OnnxRuntimeExecutor(PooledExecutor):
                 for part, pool in zip(("key", "value"), pools, strict=True)
             ]
         return self._views[first, rows]
+
+
+def _heads(shape: tuple[int, int] | None) -> str:
+    return "no input" if shape is None else f"{shape[0]} heads of {shape[1]}"
 
 
 def _empty_pools(

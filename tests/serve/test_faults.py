@@ -314,16 +314,28 @@ def test_a_second_signal_stops_at_once(demo_bundle):
         assert time.monotonic() - began < 5
 
 
-def test_seeds_give_the_same_text_after_a_restart(demo_bundle):
+def test_seeds_give_the_same_text_whatever_happens(demo_bundle):
+    """Alone, after a prefix hit, in a full batch with others waiting, and after a restart."""
+    prompt = "And it came to pass in those days, that there went out a decree. " * 6
+    body = {"prompt": prompt, "max_tokens": 30, "seed": 11, "ignore_eos": True}
+    others = [{"prompt": f"Verse {i}: behold", "seed": i, "max_tokens": 60} for i in range(7)]
     texts = []
     for number in (signal.SIGKILL, signal.SIGTERM):
-        with ServerProcess(demo_bundle, "--threads", 1) as server:
-            body = {"prompt": "In the beginning", "max_tokens": 30, "seed": 11}
-            got = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE)
-            texts.append(got.json()["choices"][0]["text"])
+        with ServerProcess(demo_bundle, "--threads", 1, "--slots", 4) as server:
+
+            def complete(more, url=server.url):
+                got = httpx.post(f"{url}/v1/completions", json=body | more, timeout=PATIENCE)
+                return got.json()
+
+            alone, again = complete({}), complete({})
+            assert alone["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 64
+            *_, full = in_threads(8, lambda i, ask=complete: ask([*others, {}][i]))
+            texts += [answer["choices"][0]["text"] for answer in (alone, again, full)]
             server.signal(number)
             assert server.wait() == (0 if number == signal.SIGTERM else -number)
-    assert texts[0] == texts[1]
+    assert len(set(texts)) == 1
+    assert len(texts) == 6
 
 
 def command(*arguments):

@@ -50,13 +50,40 @@ def test_a_signal_while_it_loads_stops_it_at_once(demo_bundle, tmp_path, number)
         assert "Traceback" not in server.stderr
 
 
-def test_a_bundle_that_cannot_be_loaded_ends_it(demo_bundle, tmp_path):
+def lose_weights(folder):
+    (folder / "model.onnx.data").unlink()
+
+
+def change_layout(**entries):
+    def change(folder):
+        manifest = json.loads((folder / "bundle.json").read_text())
+        manifest["kv_layout"] |= entries
+        (folder / "bundle.json").write_text(json.dumps(manifest))
+
+    return change
+
+
+def cut_manifest(folder):
+    text = (folder / "bundle.json").read_text()
+    (folder / "bundle.json").write_text(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lose_weights, "missing from the bundle"),
+        (cut_manifest, "damaged"),
+        (change_layout(kv_owner=[0, 0, 0, 0, 4, 4, 6, 6]), "no input by bundle.json's layout of 3"),
+        (change_layout(head_dim=[32] * 8), "is 1 heads of 64, and 1 heads of 32 by bundle.json"),
+    ],
+)
+def test_a_bundle_that_cannot_be_loaded_ends_it(demo_bundle, tmp_path, damage, words):
     broken = tmp_path / "broken"
     shutil.copytree(demo_bundle, broken)
-    (broken / "model.onnx.data").unlink()
+    damage(broken)
     done = command(broken, "--port", 0)
-    assert done.returncode == 2
-    assert "missing from the bundle" in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -192,6 +192,10 @@ def test_norms_and_rotations_are_one_operator_each(bundle: Bundle, kind: str) ->
         assert norms == 2 * 2 + 1 + of_heads
         assert found["RotaryEmbedding"] == 2 * 2
         assert not found["Pow"] + found["Neg"] + found["ReduceMean"]
+    if kind == "gemma4_text":  # of queries and keys, rotated before heads come first; no weight
+        found = operators(bundle.graph)
+        assert found["RotaryEmbedding"] == 4 + 2
+        assert not found["Pow"] + found["Neg"] + found["ReduceMean"]
 
 
 def test_a_model_that_is_not_what_its_config_says(tmp_path: Path) -> None:
