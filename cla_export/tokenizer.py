@@ -44,7 +44,7 @@ def token_stream(
     if text is not None:
         why = "it holds no text" if path.is_file() else "no such file"
         if tokenizer is None and path.is_file():
-            why = f"{folder} has no tokenizer.json to read it with; add the model's, or name no text"
+            why = f"{folder} has no tokenizer.json to read it with; add one, or name no text"
         raise BadInput(f"{text}: {why}")
     generator = np.random.default_rng(seed)
     return generator.integers(0, vocab_size, _RANDOM_IDS).tolist(), f"random ids, seed {seed}"
