@@ -103,7 +103,7 @@ def plan_deployment(
     if most < least:
         raise BadInput(f"--replicas is {least}:{most}; expected at most as many as at least")
     capacity = capacity_of(bundle, max_len)
-    pool = size_pool(bundle.layout, bundle.dtype, capacity, slots, kv_memory)
+    pool = size_pool(bundle.layout, bundle.cache_dtype, capacity, slots, kv_memory)
     # With the bundle's own digest, another bundle is another image, which a cluster rolls out.
     default = _BASE if claim else f"{name}:{sha256(bundle.folder / MANIFEST)[:12]}"
     return Deployment(
