@@ -111,7 +111,7 @@ def overload(bundle: Path, crowds: Sequence[int], seconds: float, rest: float) -
         for times in crowds:
             command = [sys.executable, __file__, "--load", server.url, "--rest", str(rest)]
             command += ["--clients", str(times * SLOTS), "--seconds", str(seconds)]
-            busy = processor_seconds(server.process.pid)
+            busy, before = processor_seconds(server.process.pid), metrics(client)
             refused = []
             with tempfile.TemporaryFile("w+") as told:
                 crowd = subprocess.Popen(command, stdout=told)
