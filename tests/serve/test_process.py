@@ -78,9 +78,9 @@ def test_a_dead_engine_tells_its_clients_and_ends_the_process(demo_bundle, tmp_p
             *answers, _ = in_threads(8, work)
             *_, last = events
         codes = sorted(code_of(answer) for answer in answers)
-        if fault == "raises":  # a prompt, the stream, another prompt
+        if fault == "raises":  # a prompt, the stream, two prompts in one call
             assert last["error"]["code"] == "step_failed"
-            assert codes == ["engine_dead"] * 5 + ["step_failed"] * 2
+            assert codes == ["engine_dead"] * 4 + ["step_failed"] * 3
         else:
             assert last["error"]["code"] == "engine_dead"
             assert codes == ["engine_dead"] * 7
