@@ -1,4 +1,4 @@
-"""deploy: a bundle on what runs many servers. A file a command: deploy_triton.py, ..."""
+"""deploy: a bundle on what runs many servers. A file a command: deploy_ray.py, ..."""
 
 from importlib import import_module
 
@@ -11,6 +11,6 @@ group = typer.Typer(
 )
 app.add_typer(group)
 
-COMMANDS = ("triton", "kubernetes")
+COMMANDS = ("ray", "triton", "kubernetes")
 for _name in COMMANDS:
     import_module(f"cla_export.cli.deploy_{_name}")

@@ -5,7 +5,7 @@ layers accumulated cannot hide it, and a step that is right stays right behind o
 
     q, k, v             from the layer's input
     key and value cache from k and v (no arithmetic: they must be the same)
-    attention           from q and the caches
+    attention           from q and the caches; int8 ones as the bundle has them
     attention_branch    from attention: the output projection
     mlp                 from the input and the attention branch
     output              from those two and mlp
@@ -18,6 +18,7 @@ the next.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from cla_export.compare.reference import Exact, GroupKV, Side
+from cla_export.compare.routing import ROUTER, Routes
 
 CACHES = {"k": "key_cache", "v": "value_cache"}  # what goes in, and what is there afterwards
 Key = tuple[int, str]  # layer and role
@@ -76,6 +78,9 @@ class _Steps(TorchFunctionMode):
         """Record [1, H, T, D] of the row's tokens; return it with the bundle's in their place."""
         new = value[:, :, -self._count :]
         self.found.setdefault(key, _tokens_first(new))
+        layer, role = key
+        stored = (layer, CACHES.get(role, role))  # there where caches round what they hold
+        key = stored if stored in self._forced else key
         if key not in self._forced:
             return value
         heads = torch.from_numpy(self._forced[key]).to(value.dtype)  # [S, H * D]
@@ -107,12 +112,14 @@ def torch_tensors(
     forced: Mapping[Key, Array],
     held: GroupKV | None = None,
     *,
+    routes: Routes | None = None,
     feel: bool = False,
 ) -> tuple[Tensors, Sensitivity]:
     """Every step of every layer for one row of tokens [S], each from what is in `forced`.
 
     `forced` holds what the bundle made, (layer, role) -> [S, width]; a step of which it lacks the
     input goes on from PyTorch's own. With `feel`, also each attention's sensitivity to its scores.
+    With `routes`, routers choose these; what they have scored [S, experts] is there by their role.
     """
     layout = side.model.spec.layout
     steps = _Steps(layout.kv_owner, forced, len(tokens), feel=feel)
@@ -123,11 +130,13 @@ def torch_tensors(
             if isinstance(part := getattr(layer, name, None), nn.Module):
                 handles.append(part.register_forward_hook(steps.of_module((index, role))))
     try:
-        with steps:
+        with side.follow(routes) if routes else nullcontext() as followed, steps:
             side.forward(tokens, held)
     finally:
         for handle in handles:
             handle.remove()
+    if followed is not None:
+        steps.found |= {(layer, ROUTER): found for layer, found in followed.scores.items()}
     return steps.found, steps.sensitivity
 
 

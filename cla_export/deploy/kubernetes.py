@@ -14,7 +14,7 @@ import cla_export
 from cla_export.bundle import MANIFEST, Bundle, new_folder, open_bundle, sha256
 from cla_export.deploy.host_memory import memory_to_serve
 from cla_export.engines.executor import capacity_of
-from cla_export.engines.opening import backend_of
+from cla_export.engines.opening import backend_of, cache_dtype
 from cla_export.errors import BadInput
 from cla_export.serve.pool import PoolSize, size_pool
 
@@ -83,7 +83,8 @@ def plan_deployment(
     Raises:
         BadInput: a value is none that Kubernetes or the bundle takes.
     """
-    if backend_of(bundle) != "onnxruntime" or bundle.dtype != "float32":
+    backend = backend_of(bundle)
+    if backend != "onnxruntime" or bundle.dtype != "float32":
         raise BadInput(
             f"{bundle.folder}: {bundle.dtype} for {bundle.target}; the image has ONNX Runtime for "
             "CPUs, which serves float32: export with --target onnxruntime --dtype fp32"
@@ -102,8 +103,8 @@ def plan_deployment(
             raise BadInput(f"{option} is {number}; expected at least 1")
     if most < least:
         raise BadInput(f"--replicas is {least}:{most}; expected at most as many as at least")
-    capacity = capacity_of(bundle, max_len)
-    pool = size_pool(bundle.layout, bundle.dtype, capacity, slots, kv_memory)
+    capacity, dtype = capacity_of(bundle, max_len), cache_dtype(bundle, backend)
+    pool = size_pool(bundle.layout, dtype, capacity, slots, kv_memory)
     # With the bundle's own digest, another bundle is another image, which a cluster rolls out.
     default = _BASE if claim else f"{name}:{sha256(bundle.folder / MANIFEST)[:12]}"
     return Deployment(

@@ -68,7 +68,7 @@ class TritonPythonModel:
     def start(self, opened: Opened, options: Options, name: str, version: str) -> None:
         """Take requests for an opened bundle from now on."""
         bundle = opened.bundle
-        metrics = Metrics(name, bundle.layout, bundle.dtype)
+        metrics = Metrics(name, bundle.layout, opened.cache_dtype)
         self._model, self._seconds = opened.model, options.request_seconds
         self._delivered: SimpleQueue[Outputs | None] = SimpleQueue()
         self._running: dict[int, Running] = {}

@@ -14,5 +14,6 @@ Up to here nothing knows of HTTP, and the packages of the extra `serve` are not 
     handlers     from bodies to answers
     gate         keys, sizes, ids               errors     statuses and bodies
     app, page    routes                         chat       templates
-    metrics, watchdog, pool (its size), server (the process)
+    metrics, watchdog, pool (its size), server (a bundle becomes an application)
+    door         what answers while it loads    process    from the open port to the exit code
 """
