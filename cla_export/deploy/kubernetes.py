@@ -219,7 +219,7 @@ def pod_spec(deployment: Deployment, container: str = "serve") -> Json:
                     "capabilities": {"drop": ["ALL"]},
                 },
                 "startupProbe": _probe("/ready", period=5, failures=_LOAD // 5),
-                "readinessProbe": _probe("/ready", period=5, failures=1),
+                "readinessProbe": _probe("/ready", period=5, failures=2),
                 "livenessProbe": _probe("/health", period=10, failures=3),
                 # Until every proxy knows that the pod goes; only then SIGTERM, which drains.
                 "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(_PRE_STOP)]}}},
@@ -274,13 +274,13 @@ def _autoscaler(deployment: Deployment) -> Json:
 
 
 def dockerfile(deployment: Deployment, bundle: Path, file: Path) -> str:
-    """An image that has the bundle; the build's context is the folder that the bundle is in."""
+    """An image that has the bundle, which is the build's context."""
     return (
         "# Written by `cla-export deploy kubernetes`. Build it, and push it where the cluster is:\n"
-        f"#   docker build -f {file} -t {deployment.image} {bundle.parent}\n"
+        f"#   docker build -f {file} -t {deployment.image} {bundle}\n"
         f"# {_BASE} is what `docker build -t {_BASE} .` makes in a clone of cla-export.\n"
         f"FROM {_BASE}\n"
-        f'COPY ["{bundle.name}", "/bundle"]\n'
+        "COPY . /bundle\n"
     )
 
 
