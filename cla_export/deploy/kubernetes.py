@@ -14,7 +14,7 @@ import cla_export
 from cla_export.bundle import MANIFEST, Bundle, new_folder, open_bundle, sha256
 from cla_export.deploy.host_memory import memory_to_serve
 from cla_export.engines.executor import capacity_of
-from cla_export.engines.opening import backend_of
+from cla_export.engines.opening import backend_of, cache_dtype
 from cla_export.errors import BadInput
 from cla_export.serve.pool import PoolSize, size_pool
 
@@ -83,7 +83,8 @@ def plan_deployment(
     Raises:
         BadInput: a value is none that Kubernetes or the bundle takes.
     """
-    if backend_of(bundle) != "onnxruntime" or bundle.dtype != "float32":
+    backend = backend_of(bundle)
+    if backend != "onnxruntime" or bundle.dtype != "float32":
         raise BadInput(
             f"{bundle.folder}: {bundle.dtype} for {bundle.target}; the image has ONNX Runtime for "
             "CPUs, which serves float32: export with --target onnxruntime --dtype fp32"
@@ -102,8 +103,8 @@ def plan_deployment(
             raise BadInput(f"{option} is {number}; expected at least 1")
     if most < least:
         raise BadInput(f"--replicas is {least}:{most}; expected at most as many as at least")
-    capacity = capacity_of(bundle, max_len)
-    pool = size_pool(bundle.layout, bundle.cache_dtype, capacity, slots, kv_memory)
+    capacity, dtype = capacity_of(bundle, max_len), cache_dtype(bundle, backend)
+    pool = size_pool(bundle.layout, dtype, capacity, slots, kv_memory)
     # With the bundle's own digest, another bundle is another image, which a cluster rolls out.
     default = _BASE if claim else f"{name}:{sha256(bundle.folder / MANIFEST)[:12]}"
     return Deployment(
@@ -218,7 +219,7 @@ def pod_spec(deployment: Deployment, container: str = "serve") -> Json:
                     "capabilities": {"drop": ["ALL"]},
                 },
                 "startupProbe": _probe("/ready", period=5, failures=_LOAD // 5),
-                "readinessProbe": _probe("/ready", period=5, failures=1),
+                "readinessProbe": _probe("/ready", period=5, failures=2),
                 "livenessProbe": _probe("/health", period=10, failures=3),
                 # Until every proxy knows that the pod goes; only then SIGTERM, which drains.
                 "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(_PRE_STOP)]}}},
@@ -273,13 +274,13 @@ def _autoscaler(deployment: Deployment) -> Json:
 
 
 def dockerfile(deployment: Deployment, bundle: Path, file: Path) -> str:
-    """An image that has the bundle; the build's context is the folder that the bundle is in."""
+    """An image that has the bundle, which is the build's context."""
     return (
         "# Written by `cla-export deploy kubernetes`. Build it, and push it where the cluster is:\n"
-        f"#   docker build -f {file} -t {deployment.image} {bundle.parent}\n"
+        f"#   docker build -f {file} -t {deployment.image} {bundle}\n"
         f"# {_BASE} is what `docker build -t {_BASE} .` makes in a clone of cla-export.\n"
         f"FROM {_BASE}\n"
-        f'COPY ["{bundle.name}", "/bundle"]\n'
+        "COPY . /bundle\n"
     )
 
 

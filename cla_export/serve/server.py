@@ -14,10 +14,10 @@ from cla_export.environment import memory
 from cla_export.errors import BadInput, MissingEnvironment
 from cla_export.generation import end_tokens
 from cla_export.serve.chat import find_template
-from cla_export.serve.engine import Engine, Limits
+from cla_export.serve.engine import Deliver, Engine, Limits
 from cla_export.serve.model import ServedModel
 from cla_export.serve.pool import PoolSize, size_pool
-from cla_export.serve.scheduler import CHUNK
+from cla_export.serve.scheduler import CHUNK, Observer
 from cla_export.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -155,6 +155,20 @@ def _no_room(pool: PoolSize) -> BadInput:
     )
 
 
+def create_engine(opened: Opened, options: Options, deliver: Deliver, observer: Observer) -> Engine:
+    """The engine for an opened bundle, which is not started. `deliver` and `observer` are its."""
+    return Engine(
+        opened.executor,
+        deliver,
+        tokenizer=opened.model.tokenizer,
+        ends=end_tokens(opened.bundle.folder),
+        chunk=options.chunk,
+        prefill_seconds=options.prefill_seconds,
+        limits=options.limits,
+        observer=observer,
+    )
+
+
 def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
     """The application without its gate, and its engine, which is not started."""
     from cla_export.serve.app import Served, create_app
@@ -165,16 +179,7 @@ def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
 
     bundle, model = opened.bundle, opened.model
     metrics, streams = Metrics(model.name, bundle.layout, opened.cache_dtype), Streams()
-    streams.engine = Engine(
-        opened.executor,
-        streams.deliver,
-        tokenizer=model.tokenizer,
-        ends=end_tokens(bundle.folder),
-        chunk=options.chunk,
-        prefill_seconds=options.prefill_seconds,
-        limits=options.limits,
-        observer=metrics,
-    )
+    streams.engine = create_engine(opened, options, streams.deliver, metrics)
     service = Service(model, streams, options.request_seconds)
     app = create_app(Served(service, metrics))
     add_page(app, model, streams.engine, bundle.layout, opened.cache_dtype, opened.pool)

@@ -124,8 +124,7 @@ def test_memory_grows_by_what_the_pool_does(demo_bundle):
 def test_an_image_with_the_bundle(demo_bundle, tmp_path):
     deployment = write_manifests(demo_bundle, tmp_path / "out", name="bible")
     text = (tmp_path / "out" / "Dockerfile").read_text()
-    assert 'COPY ["demo", "/bundle"]' in text
-    assert f"-t {deployment.image} {demo_bundle.parent}" in text
+    assert f"-t {deployment.image} {demo_bundle}\n" in text and "\nCOPY . /bundle\n" in text
     assert deployment.image.startswith("bible:") and len(deployment.image) == len("bible:") + 12
     checked = hadolint(tmp_path / "out" / "Dockerfile")
     assert checked.returncode == 0, checked.stdout

@@ -86,11 +86,18 @@ def run(model, *requests):
 
 
 def test_a_written_model_reads_back(demo_bundle, tmp_path):
-    given = Parameters(bundle=str(demo_bundle), kv_memory="64MiB", max_len=512, request_timeout=30)
+    given = Parameters(
+        bundle=str(demo_bundle),
+        kv_memory="64MiB",
+        max_len=512,
+        request_timeout=30,
+        prefill_budget=20,
+    )
     model = write_model(tmp_path / "repository", given, name="bible")
     assert model.folder == tmp_path / "repository" / "bible"
     options = read_parameters(configuration(model.folder)).to_options(model.folder / "1")
-    assert options == Options(kv_memory=64 * 2**20, max_len=512, request_seconds=30.0)
+    meant = Options(kv_memory=64 * 2**20, max_len=512, request_seconds=30.0, prefill_seconds=0.02)
+    assert options == meant
     text = (model.folder / "config.pbtxt").read_text()
     for spec in INPUTS:
         assert f'input {{ name: "{spec.name}", data_type: {spec.triton_type}' in text
