@@ -42,7 +42,9 @@ def token_stream(
         if ids:
             return ids, path.name
     if text is not None:
-        why = f"{folder} has no tokenizer.json" if text.is_file() else "no such file"
+        why = "it holds no text" if path.is_file() else "no such file"
+        if tokenizer is None and path.is_file():
+            why = f"{folder} has no tokenizer.json to read it with; add one, or name no text"
         raise BadInput(f"{text}: {why}")
     generator = np.random.default_rng(seed)
     return generator.integers(0, vocab_size, _RANDOM_IDS).tolist(), f"random ids, seed {seed}"

@@ -103,15 +103,15 @@ def rss(pid: int) -> float:
     return int(next(s.split()[1] for s in status.splitlines() if s.startswith("VmRSS"))) / 1024
 
 
-def overload(bundle: Path, seconds: float, rest: float) -> None:
+def overload(bundle: Path, crowds: Sequence[int], seconds: float, rest: float) -> None:
     """The crowd is a process of its own; a client beside it asks how long a refusal takes."""
     options = ("--slots", SLOTS, "--max-queued-requests", SLOTS)
-    with ServerProcess(bundle, *options) as server:
+    with ServerProcess(bundle, *options) as server, httpx.Client(base_url=server.url) as client:
         print(f"ready {server.seconds_to_ready:.2f} s after the start of the process")
-        for times in (1, 2, 10, 25, 100):
+        for times in crowds:
             command = [sys.executable, __file__, "--load", server.url, "--rest", str(rest)]
             command += ["--clients", str(times * SLOTS), "--seconds", str(seconds)]
-            busy = processor_seconds(server.process.pid)
+            busy, before = processor_seconds(server.process.pid), metrics(client)
             refused = []
             with tempfile.TemporaryFile("w+") as told:
                 crowd = subprocess.Popen(command, stdout=told)
@@ -122,10 +122,16 @@ def overload(bundle: Path, seconds: float, rest: float) -> None:
                     time.sleep(0.1)
                 told.seek(0)
                 found = json.load(told)
+            after, name = metrics(client), "time_per_output_token_seconds"
+            each, times_each = (
+                after[f"{name}_{part}"] - before.get(f"{name}_{part}", 0)
+                for part in ("sum", "count")
+            )
             counts = Counter(map(int, found["statuses"]))
             print(
                 f"{times:>3} x as many clients as slots: answers {dict(sorted(counts.items()))}; "
-                f"token to token {percentiles(found['gaps'])}; one more client is refused after "
+                f"a token each {1e3 * each / times_each:.1f} ms by the server, "
+                f"{percentiles(found['gaps'])} by its clients; one more client is refused after "
                 f"{percentiles(refused)}; processor "
                 f"{processor_seconds(server.process.pid) - busy:.1f} s; "
                 f"RSS {rss(server.process.pid):.0f} MiB"
@@ -259,6 +265,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20, help="that clients leave")
     parser.add_argument("--load", help="be a crowd of clients of this server, and nothing else")
     parser.add_argument("--clients", type=int, default=SLOTS)
+    parser.add_argument("--crowds", default="1,2,10,25,100", help="clients, as times the slots")
     parser.add_argument("--rest", type=float, default=1.0, help="seconds after an answer of 429")
     parser.add_argument("--only", help="one of overload, leaving, signals, executors, scraping")
     given = parser.parse_args()
@@ -271,7 +278,9 @@ def main() -> None:
         bundle = Path(work) / "demo"
         cla_export.export(cla_export.demo_checkpoint(), bundle)
         parts: dict[str, Callable[[], None]] = {
-            "overload": lambda: overload(bundle, given.seconds, given.rest),
+            "overload": lambda: overload(
+                bundle, list(map(int, given.crowds.split(","))), given.seconds, given.rest
+            ),
             "leaving": lambda: leaving(bundle, given.times),
             "signals": lambda: signals(bundle),
             "executors": executors,

@@ -196,9 +196,8 @@ def plot(run: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
     model, place = run["model"], run["machine"]
     figure.suptitle(
         f"{model['layers']} layers of {model['hidden']}, {model['kv_heads']} kv heads of "
-        f"{model['head_dim']}, float32, "
-        f"{place['threads']} of {place['cpus']} CPUs of {place['processor']}, "
-        f"{run['date']}",
+        f"{model['head_dim']}, float32, {place['threads']} of {place['cpus']} CPUs of "
+        f"{place['processor']}, {run['date']}",
         fontsize=11, x=0.01, ha="left",
     )  # fmt: skip
     handles, labels = panels[0].get_legend_handles_labels()

@@ -14,8 +14,9 @@
  * multiplications, since a burst of fetches holds up the loads behind it.
  *
  * A cache may be int8, with a scale for each key/value head and channel. The queries take the keys'
- * scales and the output the values', so that its numbers are only made float: by the dots where they
- * are loaded, and for the lanes, which read a number many times, block by block. ClaAppend rounds to it.
+ * scales and the output the values', so that its numbers are only made float, where they are loaded
+ * into vectors; keys for the lanes, which load them one by one, are so before, block by block.
+ * ClaAppend rounds to it.
  *
  * ClaLinear reads a weight as the checkpoint has it, so weights are in memory once, and shared with
  * the file. A few tokens are multiplied along the columns, as dots are; more of them are lanes.
@@ -357,8 +358,9 @@ INLINE vec plus(vec a, vec b) { return a + b; }
 
 /* Add the keys [from, to) of a block, k and v of them, to the state of one tile. */
 static void add_block(const Call *c, int64_t length, int first, int rows, const void *k,
-                      const void *v, int narrow, int64_t from, int64_t to, const float *queries,
+                      const void *v, int64_t from, int64_t to, const float *queries,
                       float *scores, State s) {
+  int narrow = c->key_scales != NULL;
   int keys = (int)(to - from), vectors = (keys * c->stride + LANES - 1) / LANES;
   if (c->stride == LANES)
     score_lanes(k, queries, scores, keys, c->dim);
@@ -463,16 +465,16 @@ static void attend(void *data, size_t index) {
 
   size_t head = ((size_t)b * c->kv_heads + h) * c->capacity * c->dim;
   size_t element = c->key_scales ? sizeof(int8_t) : sizeof(float);
-  int narrow = c->key_scales != NULL, widened = narrow && c->stride == LANES;
+  int widened = c->key_scales && c->stride == LANES;
   size_t block_floats = widened ? (size_t)BLOCK * c->dim : 0;
   const float *q = c->q + (int64_t)b * c->q_heads * c->queries * c->dim + h * c->group * c->q_head;
   int tile_rows = c->stride, tiles = (rows + tile_rows - 1) / tile_rows;
   size_t tile_queries = (size_t)c->width * c->stride;
-  size_t floats = 2 * block_floats + tiles * tile_queries + BLOCK * LANES;
+  size_t floats = block_floats + tiles * tile_queries + BLOCK * LANES;
   if (used == 1) floats += state_floats(c);
   float *memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
   if (!memory) abort();
-  float *wide_k = memory, *wide_v = memory + block_floats, *scores = memory + 2 * block_floats;
+  float *wide = memory, *scores = memory + block_floats;
   float *queries = scores + BLOCK * LANES, *own = queries + tiles * tile_queries;
   float *shared = c->partial + unit * c->ranges * state_floats(c);
   State s = state_at(c, used == 1 ? own : shared + range * state_floats(c));
@@ -480,16 +482,15 @@ static void attend(void *data, size_t index) {
   memset(s.out, 0, (size_t)c->block_rows * c->width * sizeof(float));
   memset(queries, 0, tiles * tile_queries * sizeof(float));
   for (int i = 0; i < tiles; i++)
-    pack(c, q, narrow ? c->key_scales + h * c->dim : NULL, first + i * tile_rows,
+    pack(c, q, c->key_scales ? c->key_scales + h * c->dim : NULL, first + i * tile_rows,
          (int)smaller_of(tile_rows, rows - i * tile_rows), queries + i * tile_queries);
 
   for (int64_t from = start; from < stop; from += BLOCK) {
-    size_t at = head + from * c->dim, count = smaller_of(BLOCK, stop - from) * c->dim;
-    const char *k = (const char *)c->keys + at * element, *v = (const char *)c->values + at * element;
+    size_t at = (head + from * c->dim) * element;
+    const char *k = (const char *)c->keys + at, *v = (const char *)c->values + at;
     if (widened) {
-      widen((const int8_t *)k, wide_k, count);
-      widen((const int8_t *)v, wide_v, count);
-      k = (const char *)wide_k, v = (const char *)wide_v;
+      widen((const int8_t *)k, wide, smaller_of(BLOCK, stop - from) * c->dim);
+      k = (const char *)wide;
     }
     for (int i = 0; i < tiles; i++) {
       int r = i * tile_rows, some_rows = (int)smaller_of(tile_rows, rows - r);
@@ -498,9 +499,9 @@ static void attend(void *data, size_t index) {
                                 last_key(c, length, first + r + some_rows - 1));
       if (low >= high) continue;
       State part = {s.maximum + r, s.sum + r, s.out + (size_t)r * c->width};
-      size_t skip = (low - from) * c->dim * (widened ? sizeof(float) : element);
-      add_block(c, length, first + r, some_rows, k + skip, v + skip, narrow && !widened, low, high,
-                queries + i * tile_queries, scores, part);
+      size_t skip = (low - from) * c->dim;
+      add_block(c, length, first + r, some_rows, k + skip * (widened ? sizeof(float) : element),
+                v + skip * element, low, high, queries + i * tile_queries, scores, part);
     }
   }
   for (int i = 0; i < tiles; i++) store(s.sum + i * tile_rows, fold(load(s.sum + i * tile_rows), c->stride, plus));

@@ -50,6 +50,10 @@ class Faulty:
         self._fail_if(tokens[0] == TRIGGER)
         return self._executor.prefill(slot, tokens, start, keep)
 
+    def prefill_rows(self, first: int, rows: Sequence[Sequence[int]]) -> Logits:
+        self._fail_if(any(row[0] == TRIGGER for row in rows))
+        return self._executor.prefill_rows(first, rows)
+
     def decode(self, *rows: Sequence[int]) -> Logits:
         self._fail_if(False)
         return self._executor.decode(*rows)

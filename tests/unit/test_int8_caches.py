@@ -237,6 +237,17 @@ def test_head_dims_that_onnx_runtime_does_not_take(zoo: Zoo, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_module_whose_keys_and_values_cannot_be_seen(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = zoo.checkpoint(**MIXED)
+    spelt = dataclasses.replace(checkpoint.spec, spelt_attention=True)
+    found = dataclasses.replace(checkpoint, spec=spelt, module="mine:make")
+    monkeypatch.setattr("cla_export.exporter.open_checkpoint", lambda *_: found)
+    with pytest.raises(BadInput, match="mine:make writes its attention out"):
+        export(checkpoint.folder, tmp_path / "bundle", kv_cache="int8")
+
+
 def test_small_head_dims_run_the_stock_graph(zoo: Zoo) -> None:
     bundle = zoo.bundle(kv_cache="int8", kv_owner=(0, 0), head_dim=8)
     assert bundle.cpu_graph is None
