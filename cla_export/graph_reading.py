@@ -21,12 +21,14 @@ _ATTENTION = {
     ("GroupQueryAttention", "com.microsoft"),
     ("TRT_Attention", "trt"),
     ("ClaAttention", "cla"),
+    ("ClaAttention", "cla.int8"),
     ("ClaAttention", "cla.float16"),
     ("ClaAttention", "cla.bfloat16"),
 }
 _WRITERS = ("TensorScatter", "TRT_KVCacheUpdate")  # past cache, update, where
 
 
+SPELT = "spelt out"  # in place of an operator's name
 _LONG = {"float": "float32", "double": "float64"}  # ONNX's names -> the usual ones
 
 
@@ -36,7 +38,7 @@ class GraphFacts:
 
     file: str
     stage: Literal["stateless", "stateful"]  # stateless: no caches threaded yet
-    attention: dict[str, int]  # operator -> how many of them
+    attention: dict[str, int]  # operator -> how many of them; SPELT: of several operators
     cache_inputs: int
     weight_bytes: dict[str, int]  # dtype -> bytes; shapes and axes (int64) are left out
 
@@ -50,6 +52,8 @@ def read_graph(path: Path) -> tuple[GraphFacts, KVLayout, str, list[str]]:
     except Exception as error:  # protobuf, text parser and deserialiser each have their own
         raise BadInput(f"{path}: not a readable ONNX model ({error}); export it again") from error
     try:
+        if _may_be_spelt(model):
+            return _read_spelt(model, path)
         return read_model(model, path.name)
     except GraphError as error:
         raise GraphError(f"{path}: {error}") from error
@@ -61,19 +65,50 @@ def read_model(model: "ir.Model", name: str) -> tuple[GraphFacts, KVLayout, str,
     if not nodes:
         seen = ", ".join(sorted({node.op_type for node in model.graph}))
         raise GraphError(
-            f"no Attention or GroupQueryAttention node (operators seen: {seen}); attention taken "
-            "apart into MatMul and Softmax cannot be read"
+            f"no Attention or GroupQueryAttention node, and no softmax (operators seen: {seen}); "
+            "it is no decoder's graph, or its softmax is spelt out too, which cannot be read"
         )
     notes: list[str] = []
-    if any(_cache_input(cache) is not None for node in nodes for cache in _caches_of(node)):
-        stage: Literal["stateless", "stateful"] = "stateful"
-        layout, cache_inputs, dtype = _stateful_layout(nodes, notes)
-    else:
-        stage, cache_inputs = "stateless", 0
-        layout, dtype = _stateless_layout(model)
-    counted = dict(Counter(n.op_type for n in nodes))
-    facts = GraphFacts(name, stage, counted, cache_inputs, _weight_bytes(model))
-    return facts, layout, dtype, notes
+    counted, weights = dict(Counter(n.op_type for n in nodes)), _weight_bytes(model)
+    if not _reads_caches(nodes):
+        _drop_weights(model)
+        layout, dtype, _ = _stateless_layout(model)
+        return GraphFacts(name, "stateless", counted, 0, weights), layout, dtype, notes
+    layout, cache_inputs, dtype = _stateful_layout(nodes, notes)
+    return GraphFacts(name, "stateful", counted, cache_inputs, weights), layout, dtype, notes
+
+
+def _drop_weights(model: "ir.Model") -> None:
+    import onnx_ir as ir
+
+    for initializer in model.graph.initializers.values():
+        tensor = initializer.const_value
+        if tensor is None:
+            continue
+        if isinstance(tensor, ir.ExternalTensor) or tensor.size > _LARGEST_CONSTANT:
+            initializer.const_value = None
+
+
+def _reads_caches(nodes: "list[ir.Node]") -> bool:
+    return any(_cache_input(cache) is not None for node in nodes for cache in _caches_of(node))
+
+
+def _may_be_spelt(model: "ir.Model") -> bool:
+    """Whether a stateless graph has a softmax of its own, as attention that is spelt out has."""
+    softmax = any(node.op_type == "Softmax" for node in model.graph)
+    return softmax and not _reads_caches([node for node in model.graph if _is_attention(node)])
+
+
+def _read_spelt(model: "ir.Model", path: Path) -> tuple[GraphFacts, KVLayout, str, list[str]]:
+    """Read the file again as `rewrite` does, and find its attention as `rewrite` does."""
+    from cla_export.stateless_reading import read_stateless
+
+    counted = dict(Counter(n.op_type for n in model.graph if _is_attention(n)))
+    layout, dtype, spelt = _stateless_layout(read_stateless(path)[0])
+    if spelt:
+        counted[SPELT] = spelt
+    facts = GraphFacts(path.name, "stateless", counted, 0, _weight_bytes(model))
+    return facts, layout, dtype, []
 
 
 def _weight_bytes(model: "ir.Model") -> dict[str, int]:
@@ -233,28 +268,27 @@ def _window(node: "ir.Node", layer: int, unclear: list[int]) -> int | None:
     return None
 
 
-def _stateless_layout(model: "ir.Model") -> tuple[KVLayout, str]:
-    """What `rewrite` would find, by the same passes, on a graph without weight values."""
-    import onnx_ir as ir
+def _stateless_layout(model: "ir.Model") -> tuple[KVLayout, str, int]:
+    """What `rewrite` would find, by the same passes, on a graph without weight values.
 
+    Also the cache's dtype, and in how many layers attention is spelt out.
+    """
     from cla_export.rewrite.classify_masks import classify_masks
+    from cla_export.rewrite.fuse_attention import fuse_attention
     from cla_export.rewrite.group_attention import group_attention
     from cla_export.rewrite.hoist_key_scale import hoist_key_scale
     from cla_export.rewrite.simplify import simplify
     from cla_export.rewrite.strip_repeat_kv import strip_repeat_kv
     from cla_export.rewrite.values import attention_nodes
 
-    for initializer in model.graph.initializers.values():
-        tensor = initializer.const_value
-        if tensor is None:
-            continue
-        if isinstance(tensor, ir.ExternalTensor) or tensor.size > _LARGEST_CONSTANT:
-            initializer.const_value = None
-    for find in (simplify, strip_repeat_kv, hoist_key_scale, classify_masks):
+    simplify(model)
+    if spelt := fuse_attention(model).fired:
+        simplify(model)  # what it left around q, k and v
+    for find in (strip_repeat_kv, hoist_key_scale, classify_masks):
         find(model)
     layout, _ = group_attention(model, None)
     key = attention_nodes(model.graph)[0].inputs[1]
-    return layout, _dtype_name(cast("ir.Value", key))
+    return layout, _dtype_name(cast("ir.Value", key)), spelt
 
 
 def _dtype_name(value: "ir.Value") -> str:

@@ -33,7 +33,9 @@ class ModelSpec:
     goes through.
 
     Of a module of the user's own, `hidden_size` is the width of its embedding (0: not known), and
-    `epsilons` are what its norms add, in place of `norm_eps`.
+    `epsilons` are what its norms add, in place of `norm_eps`. With `spelt_attention` it writes some
+    attention out, in place of calling PyTorch's: what a layer caches is seen in the traced graph
+    alone, and not in PyTorch. `q_heads` is 0 where that graph was not looked at.
     """
 
     model_type: str
@@ -59,6 +61,7 @@ class ModelSpec:
         default=None, hash=False, repr=False
     )
     routed: Mapping[str, tuple[int, int]] | None = field(default=None, hash=False, repr=False)
+    spelt_attention: bool = False
 
     @property
     def num_layers(self) -> int:

@@ -18,6 +18,7 @@ from cla_export.cli.serve_options import (
     MaxLen,
     MaxQueuedRequests,
     Port,
+    PrefillBudget,
     RequestTimeout,
     ServedModelName,
     ShutdownTimeout,
@@ -40,6 +41,7 @@ def serve(
     kv_memory: KvMemory = None,
     max_len: MaxLen = None,
     chunk: Chunk = 64,
+    prefill_budget: PrefillBudget = None,
     threads: Threads = None,
     served_model_name: ServedModelName = None,
     chat_template: ChatTemplateFile = None,
@@ -63,10 +65,11 @@ def serve(
 ) -> None:
     """Serve a bundle: OpenAI's completions and chats, with continuous batching.
 
-    SIGTERM drains. A second one stops at once.
+    SIGTERM drains. A second one stops at once. Exits with 70 where the engine failed for good, to
+    be started again.
     """
     from cla_export.planning import parse_bytes
-    from cla_export.serve import server
+    from cla_export.serve import process, server
     from cla_export.serve.engine import Limits
     from cla_export.serve.gate import read_keys
     from cla_export.views import serving
@@ -80,6 +83,7 @@ def serve(
         kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
         max_len=max_len,
         chunk=chunk,
+        prefill_seconds=None if prefill_budget is None else prefill_budget / 1e3,
         threads=threads,
         name=served_model_name,
         keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file else ())),
@@ -93,17 +97,23 @@ def serve(
         chat_template=chat_template,
     )
     server.check_options(options)
-    opened = server.open_model(bundle, options)
-    if as_json:
-        backend_name = opened.executor.backend
-        show({"model": opened.model.name, "backend": backend_name, "pool": opened.pool.to_json()})
-    facts = (opened.model.name, opened.executor.backend, opened.bundle.layout.describe())
     console = console_for(stderr=True)
-    serving.render(*facts, opened.pool, console)
+
+    def tell(opened: server.Opened) -> None:
+        name, backend_name = opened.model.name, opened.executor.backend
+        if as_json:
+            show({"model": name, "backend": backend_name, "pool": opened.pool.to_json()})
+        serving.render(name, backend_name, opened.bundle.layout.describe(), opened.pool, console)
+
     if check:
+        tell(server.open_model(bundle, options))
         return
 
-    def announce(address: str) -> None:
+    def listening(address: str) -> None:
+        console.print(f"loading {escape(str(bundle))}; {address}/ready says when", highlight=False)
+
+    def taken(address: str, opened: server.Opened) -> None:
+        tell(opened)
         console.print(f"serving {escape(opened.model.name)} on {address}", highlight=False)
 
-    raise typer.Exit(server.serve(opened, options, announce))
+    raise typer.Exit(process.serve(bundle, options, process.Told(listening, taken)))

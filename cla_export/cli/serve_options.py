@@ -23,6 +23,13 @@ MaxLen = Annotated[
     int | None, typer.Option(help="Tokens of prompt and answer; by default all positions.")
 ]
 Chunk = Annotated[int, typer.Option(help="Prompt tokens read at once, between the others' steps.")]
+PrefillBudget = Annotated[
+    float | None,
+    typer.Option(
+        help="Milliseconds that reading prompts may add to each token of the others, on average; "
+        "by default a chunk each."
+    ),
+]
 ServedModelName = Annotated[
     str | None, typer.Option(help="What clients call the model; by default the folder's name.")
 ]

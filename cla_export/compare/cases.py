@@ -104,23 +104,31 @@ def far_positions(layout: KVLayout, dtype: str, positions: int) -> int:
 
 
 def make_setups(
-    bundle: Bundle, positions: int, stream: Sequence[int], seed: int, weights: int
+    bundle: Bundle,
+    positions: int,
+    stream: Sequence[int],
+    seed: int,
+    weights: int,
+    *,
+    made_up: bool = True,
 ) -> tuple[Setup, Setup]:
     """Near: slots as long as rows, filled to the last place by some, with room behind others.
 
     Far: one slot as long as the context, or as far as its caches may grow. A long call is left out
     where a model of so many weights would take minutes for it. No slot can have more than
-    `positions` places.
+    `positions` places. Without `made_up` no case has made-up tokens, and the long call is the
+    furthest that any gets.
     """
     length = case_length(bundle.layout, positions)
     near = make_cases(length, stream, seed)
     near.append(token_case(length, bundle.vocab_size, bundle.special_tokens()))
-    reach = far_positions(bundle.layout, bundle.dtype, positions)
-    far = [far_case(reach, stream)]
+    reach = far_positions(bundle.layout, bundle.cache_dtype, positions)
+    far = [far_case(reach, stream)] if made_up else []
     long = long_case(reach, stream)
     if length < long.positions and weights * long.positions <= _LONG_WORK:
         far.append(long)
-    return Setup(near, length, SLOTS), Setup(far, reach, 1)
+    furthest = max((case.positions for case in far), default=length)
+    return Setup(near, length, SLOTS), Setup(far, reach if made_up else furthest, 1)
 
 
 def make_cases(length: int, stream: Sequence[int], seed: int) -> list[Case]:

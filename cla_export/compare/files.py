@@ -92,18 +92,19 @@ def to_markdown(report: ParityReport) -> str:
         cache = worst_cache(rows)
         ok = "pass" if all(result.passed for result in rows) else "**FAIL**"
         lines.append(
-            f"| {case} | {logits.max_error:.2e} | {logits.tolerance:.1e} | {cache.max_error:.2e} "
-            f"({cache.output}) | {cache.tolerance:.1e} | {ok} |"
+            f"| {case} | {logits.max_error:.2e} | {logits.tolerance:.1e} | "
+            + (f"{cache.max_error:.2e} ({cache.output}) | {cache.tolerance:.1e}" if cache else "|")
+            + f" | {ok} |"
         )
     lines += ["", *(f"- {summary}" for summary in summaries(report))]
     tools = ", ".join(f"{name} {version}" for name, version in report.tools.items())
     return "\n".join([*lines, "", tools, ""])
 
 
-def worst_cache(rows: list[TensorResult]) -> TensorResult:
-    """The cache result closest to, or furthest beyond, its tolerance."""
+def worst_cache(rows: list[TensorResult]) -> TensorResult | None:
+    """The cache result closest to, or furthest beyond, its tolerance; None: none was compared."""
     caches = [result for result in rows if result.group is not None]
-    return max(caches, key=lambda result: result.share)
+    return max(caches, key=lambda result: result.share, default=None)
 
 
 def arithmetic(report: ParityReport) -> str:
@@ -190,10 +191,15 @@ def divergence_sentence(report: ParityReport) -> str | None:
     if failed is None:
         return None
     where = "the logits" if failed.group is None else f"group {failed.group}'s cache"
-    return (
+    sentence = (
         f"first divergence: {where} in case {failed.case}, row {failed.row}, position "
-        f"{failed.position}; no layer's values differ there, so look at the final norm, the head, "
-        "which positions' logits are returned, or the lengths and slots that the executor gives"
+        f"{failed.position}; "
+    )
+    if report.inside is None:
+        return sentence + "no layer was looked into"
+    return sentence + (
+        "no layer's values differ there, so look at the final norm, the head, which positions' "
+        "logits are returned, or the lengths and slots that the executor gives"
     )
 
 

@@ -19,6 +19,7 @@ from cla_export.compare.baseline import read_baseline, regressions
 from cla_export.compare.cases import Case, Setup, case_length, make_setups, shape_of
 from cla_export.compare.debug import call_of_interest, check_debug_dir, write_call
 from cla_export.compare.greedy import compare_greedy
+from cla_export.compare.int8_caches import find_scales, made_up
 from cla_export.compare.marks import Call, MarkedExecutor
 from cla_export.compare.perplexity import compare_perplexity, perplexity
 from cla_export.compare.reading import read_bundle, use_quantized
@@ -33,9 +34,9 @@ from cla_export.compare.replay import (
 )
 from cla_export.compare.report import ParityReport, TensorResult
 from cla_export.compare.results import tensor_result
+from cla_export.compare.routing import routed
 from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
-from cla_export.compare.text import SEED, token_stream
-from cla_export.compare.thresholds import Threshold, threshold_of
+from cla_export.compare.thresholds import Threshold, thresholds_of
 from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.executor import Executor
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor, graph_of
@@ -45,6 +46,7 @@ from cla_export.environment import processor
 from cla_export.errors import BadInput, BundleError, RunError
 from cla_export.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from cla_export.models.decoder import Decoder
+from cla_export.tokenizer import SEED, token_stream
 
 _TOOLS = ("torch", "onnxruntime", "onnx", "polygraphy", "numpy")
 _HELD = 64  # tokens whose keys and values stand in for a long context's, over and over
@@ -52,6 +54,7 @@ _ONE_THREAD = 2**24  # parameters
 _ON_GPU = 8192  # tokens a slot holds there, at most
 _SLOTS = 8  # there: more than any case needs
 _SHOWN = "decode"  # the case whose layers are shown where nothing fails
+_SPELT = "the module spells its attention out, where PyTorch has no keys and values to show"
 
 
 def _silent(_what: str, _done: int, _of: int) -> None:
@@ -103,27 +106,24 @@ def compare_bundle(
     began = perf_counter()
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
-    if debug_dir is not None:
-        check_debug_dir(debug_dir)
     stored = None if baseline is None else read_baseline(baseline)
     backend = backend_of(bundle, target)
     if backend == "torch":
         raise BadInput("target is torch, which is what a bundle is compared with; name a runtime")
     if executor is None:
         executor = _executor_of(bundle, backend, target, engine)
-    if executor is not None and debug_dir is not None:
-        raise BadInput(
-            f"--debug-dir: {executor.backend} shows no values inside; export the model for "
-            "onnxruntime too and run parity there, which finds what the graph has wrong"
-        )
-    positions = bundle.max_positions
-    if executor is not None:
-        positions = min(positions, executor.capacity)
+    most = bundle.max_positions
+    positions = most if executor is None else min(most, executor.capacity)
     folder = Path(reference) if reference is not None else bundle.source
     checkpoint = _checkpoint(bundle, folder, bundle.module_named(module))
-    stream, origin = token_stream(bundle, text, seed)
+    whole_rows = checkpoint.spec.spelt_attention
+    if debug_dir is not None:
+        _check_inside(debug_dir, executor, whole_rows=whole_rows)
+    stream, origin = token_stream(bundle.folder, bundle.vocab_size, text, seed)
     weights = bundle.quantization
-    arithmetic, threshold = threshold_of(bundle.dtype, weights.name if weights else None)
+    arithmetic, threshold, inside = thresholds_of(
+        bundle.dtype, weights.name if weights else None, bundle.cache_dtype
+    )
     report = ParityReport(
         bundle=str(bundle.folder),
         reference=str(folder),
@@ -145,12 +145,22 @@ def compare_bundle(
         plain = Reference.of(model, None, None).exact
         unquantized = perplexity(plain.logits, stream, report.length)
     with _torch_threads(model):
-        sides = _sides(bundle, checkpoint, model, report)
-        held = _made_up(sides, stream, min(_HELD, positions), bundle.dtype)
+        sides = _sides(bundle, checkpoint, model, stream, report)
         size = sum(parameter.numel() for parameter in model.parameters())
-        setups = make_setups(bundle, positions, stream, seed, size)
+        setups = make_setups(bundle, positions, stream, seed, size, made_up=not whole_rows)
+        held = _made_up(sides, stream, min(_HELD, positions), bundle.dtype)
         run = _Run(
-            bundle, sides, threshold, held, setups, onnxruntime, executor, threads, report, progress
+            bundle,
+            sides,
+            threshold,
+            inside,
+            held,
+            setups,
+            onnxruntime,
+            executor,
+            threads,
+            report,
+            progress,
         )
         run.compare()
         run.generate(stream, unquantized)
@@ -197,6 +207,7 @@ class _Run:
     bundle: Bundle
     sides: Reference
     threshold: Threshold
+    inside: Threshold  # of what layers make, where caches are given
     held: GroupKV
     setups: tuple[Setup, Setup]  # near and far
     onnxruntime: type[OnnxRuntimeExecutor]
@@ -206,11 +217,25 @@ class _Run:
     progress: Progress
     stock: bool = True  # run model.onnx, not the graph for CPUs
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether PyTorch's side has logits of whole rows alone."""
+        return self.sides.exact.model.spec.spelt_attention
+
     def compare(self) -> None:
         """All cases, on both sides."""
+        if self.stock and self.whole_rows:
+            self.report.notes.append(
+                f"{_SPELT}: logits were compared with it over whole rows, caches and layers by "
+                "what they make of the logits alone"
+            )
         if self.stock:
-            self.report.notes += _unreached(self.bundle, self.setups[1].capacity, self.executor)
+            why = "PyTorch runs whole rows up to them" if self.whole_rows else None
+            reached = self.setups[1].capacity
+            self.report.notes += _unreached(self.bundle, reached, self.executor, why)
         for setup in self.setups:
+            if not setup.cases:
+                continue
             if self.executor is not None:
                 self.report.notes += _leave_out(setup, self.executor.slots)
             if self.stock:
@@ -237,6 +262,8 @@ class _Run:
     def look_inside(self, debug_dir: Path | None) -> None:
         """Replay every case with every layer in view; report the first that fails, or one."""
         report = self.report
+        if self.whole_rows:
+            return
         if self.executor is not None:
             report.notes.append(
                 f"{self.executor.backend}: an engine shows no values inside, so caches and logits "
@@ -277,8 +304,8 @@ class _Run:
 
     def _steps(self, executor: MarkedExecutor, case: Case) -> tuple[list[Difference], list[Call]]:
         calls = run_marked(executor, case, self.held)
-        layout, sides, threshold = self.bundle.layout, self.sides, self.threshold
-        return list(differences(calls, layout, sides, threshold, case, self.held)), calls
+        layout, sides = self.bundle.layout, self.sides
+        return list(differences(calls, layout, sides, self.inside, case, self.held)), calls
 
     def _leave(self, folder: Path, setup: Setup, case: Case) -> None:
         """Write the call that went wrong to a folder."""
@@ -293,7 +320,7 @@ class _Run:
         )
 
     def _open(self, setup: Setup) -> Executor:
-        executor = self.executor or self.onnxruntime(
+        executor = self.executor or routed(self.onnxruntime, self.bundle)(
             self.bundle,
             capacity=setup.capacity,
             slots=setup.slots,
@@ -304,12 +331,14 @@ class _Run:
         return executor
 
     def _compare_case(self, case: Case, executor: Executor) -> list[TensorResult]:
-        runners = [TorchRunner(self.sides.exact, self.held), ExecutorRunner(executor, self.held)]
+        first = ExecutorRunner(executor, self.held, caches=not self.whole_rows)
+        runners = [first, TorchRunner(self.sides.exact, self.held, first.routes)]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
             runs = Comparator.run(runners, data_loader=[case.feed])
-            expected, got = (iterations[0] for _, iterations in runs.items())
+            got, expected = (iterations[0] for _, iterations in runs.items())
             natives = [
-                TorchRunner(side, self.held).run_case(case.feed) for side in self.sides.yardstick
+                TorchRunner(side, self.held, first.routes).run_case(case.feed)
+                for side in self.sides.yardstick
             ]
             keys = case.positions if case.positions > self.setups[0].capacity else 0
             allowed = {
@@ -339,7 +368,11 @@ class _Run:
 
 
 def _sides(
-    bundle: Bundle, checkpoint: Checkpoint, model: Decoder, report: ParityReport
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    model: Decoder,
+    stream: Sequence[int],
+    report: ParityReport,
 ) -> Reference:
     """Both sides, with the weights that the bundle's stand for; faults go into the report."""
     reading = read_bundle(bundle, model)
@@ -349,7 +382,9 @@ def _sides(
     if bundle.dtype != "float32":
         rounded = load_model(checkpoint, getattr(torch, bundle.dtype))
         use_quantized(rounded, reading)
-    return Reference.of(model, rounded, bundle.quantization)
+    scales, faults = find_scales(bundle, model, stream)
+    report.faults += faults
+    return Reference.of(model, rounded, bundle.quantization, scales)
 
 
 @contextmanager
@@ -362,6 +397,18 @@ def _torch_threads(model: Decoder) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _check_inside(debug_dir: Path, executor: Executor | None, *, whole_rows: bool) -> None:
+    """Refuse --debug-dir where one side shows nothing inside, or its folder is in use."""
+    check_debug_dir(debug_dir)
+    if executor is not None:
+        raise BadInput(
+            f"--debug-dir: {executor.backend} shows no values inside; export the model for "
+            "onnxruntime too and run parity there, which finds what the graph has wrong"
+        )
+    if whole_rows:
+        raise BadInput(f"--debug-dir: {_SPELT}, so there is nothing inside to compare with")
 
 
 def _checkpoint(bundle: Bundle, folder: Path, module: str | None) -> Checkpoint:
@@ -380,14 +427,17 @@ def _checkpoint(bundle: Bundle, folder: Path, module: str | None) -> Checkpoint:
 
 
 def _made_up(sides: Reference, stream: Sequence[int], count: int, dtype: str) -> GroupKV:
-    """Keys and values of some tokens, as the bundle's dtype holds them, in float32."""
+    """Keys and values of some tokens, as the bundle's dtype holds them, in float32; see `Side`."""
     tokens = np.resize(np.asarray(stream, np.int64), count)
     kind = getattr(torch, dtype)
+    groups = sides.exact.forward(tokens)[1]
+    if sides.native.scales is not None:
+        return made_up(groups, sides.native.scales)
 
     def stored(part: np.ndarray) -> np.ndarray:
         return torch.from_numpy(part).to(kind).float().numpy()
 
-    return [(stored(key), stored(value)) for key, value in sides.exact.forward(tokens)[1]]
+    return [(stored(key), stored(value)) for key, value in groups]
 
 
 def _tools(executor: Executor | None) -> dict[str, str]:
@@ -406,10 +456,12 @@ def _leave_out(setup: Setup, slots: int) -> Iterator[str]:
         yield f"not run, since {slots} slots are too few for them: {', '.join(left)}"
 
 
-def _unreached(bundle: Bundle, reached: int, executor: Executor | None) -> Iterator[str]:
-    """What no case gets to."""
+def _unreached(
+    bundle: Bundle, reached: int, executor: Executor | None, why: str | None
+) -> Iterator[str]:
+    """What no case gets to, and why, where that is not the size of caches or of an engine."""
     if reached < bundle.max_positions:
-        why = "caches that reach them would be large"
+        why = why or "caches that reach them would be large"
         if executor is not None and reached == executor.capacity:
             why = "the engine was not built for them"
         yield f"positions from {reached:,} to {bundle.max_positions - 1:,} were not run: {why}"

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from cla_export.errors import GraphError
 from cla_export.layout import KVLayout
+from cla_export.models.capped_attention import capped_attention
 from cla_export.spec import ModelSpec
 
 KV = tuple[Tensor, Tensor]  # keys and values of one group, [B, Hkv, T, D] each
@@ -46,7 +47,10 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def forward_with_kv(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, list[KV]]:
-        """Stateless logits [B, S, V] and each group's K and V [B, Hkv, S, D]."""
+        """Stateless logits [B, S, V] and each group's K and V [B, Hkv, S, D].
+
+        No K and V where the spec says that attention is spelt out.
+        """
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
@@ -97,11 +101,30 @@ class StatelessDecoder(Decoder):
         return logits, calls.groups
 
 
-class _OverCaches(TorchFunctionMode):
-    """Gives each attention the keys and values of its group, from a cache if there is one.
+class InFloat64(TorchFunctionMode):
+    """Leaves out casts from float64 to float32: modules write them for 16-bit weights."""
 
-    In a float64 run, casts to float32 are left out: modules write them for 16-bit weights.
-    """
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        if (
+            kwargs.get("dtype") == torch.float32
+            and getattr(args[0] if args else None, "dtype", None) == torch.float64
+        ):
+            kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
+        result = func(*args, **kwargs)
+        if func in (Tensor.to, Tensor.float) and args[0].dtype == torch.float64:
+            return args[0] if result.dtype == torch.float32 else result
+        return result
+
+
+class _OverCaches(InFloat64):
+    """Gives each attention the keys and values of its group, from a cache if there is one."""
 
     def __init__(self, layout: KVLayout, positions: Tensor, cache: KVCache | None) -> None:
         super().__init__()
@@ -116,18 +139,9 @@ class _OverCaches(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **kwargs)
-        if (
-            kwargs.get("dtype") == torch.float32
-            and getattr(args[0], "dtype", None) == torch.float64
-        ):
-            kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
-        result = func(*args, **kwargs)
-        if func in (Tensor.to, Tensor.float) and args[0].dtype == torch.float64:
-            return args[0] if result.dtype == torch.float32 else result
-        return result
+        if func in (F.scaled_dot_product_attention, capped_attention):
+            return self._attend(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _attend(
         self,
@@ -139,6 +153,7 @@ class _OverCaches(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,  # noqa: ARG002 (said by the heads)
+        softcap: float | None = None,
     ) -> Tensor:
         layer, layout = self.layer, self._layout
         self.layer += 1
@@ -152,6 +167,11 @@ class _OverCaches(TorchFunctionMode):
         if self._cache is not None:
             attn_mask = self._cache.mask(self._positions, layout.window[layer])
             is_causal = False
+        if softcap is not None:
+            assert scale is not None
+            return capped_attention(
+                query, *self.groups[group], attn_mask, scale=scale, softcap=softcap
+            )
         return F.scaled_dot_product_attention(
             query,
             *self.groups[group],

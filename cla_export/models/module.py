@@ -1,8 +1,11 @@
 """A module of the user's own as a family: what `--module package.module:factory` makes.
 
-Its forward takes `(input_ids, position_ids)` and returns logits, and calls
-`scaled_dot_product_attention` once a layer. Parameters and persistent buffers carry the names of
-the checkpoint's tensors; other buffers are constants, such as tables of RoPE.
+Its forward takes `(input_ids, position_ids)` and returns logits. Parameters and persistent buffers
+carry the names of the checkpoint's tensors; other buffers are constants, such as tables of RoPE.
+
+Where it calls `scaled_dot_product_attention` once a layer, PyTorch can run it over caches, and each
+layer can be looked into. Where it spells attention out, the traced graph alone says what a layer
+is, and what PyTorch offers is the module itself, over whole rows.
 
 From config.json it takes `vocab_size` and `max_position_embeddings`, and the KV layout where one is
 stated. Where none is, the graph that the module is traced to says which layers share.
@@ -20,7 +23,7 @@ from cla_export.errors import BadInput, GraphError
 from cla_export.layout import KVLayout, identity, layout_from_config
 from cla_export.layout_config import states_sharing
 from cla_export.models.attention_calls import AttentionCalls, Call
-from cla_export.models.decoder import KV, KVCache, StatelessDecoder
+from cla_export.models.decoder import KV, InFloat64, KVCache, StatelessDecoder
 from cla_export.models.factory import find_factory, make_module
 from cla_export.models.without_data import give_empty_data, parameters_without_data
 from cla_export.spec import ModelSpec
@@ -60,10 +63,10 @@ class ModuleFamily:
         widths = [shape[1] for shape in shapes.values() if len(shape) == 2 and shape[0] == vocab]
         spec = ModelSpec(
             model_type=str(config.get("model_type", self.name)),
-            layout=_unshared(seen.calls),
+            layout=self.layout or _unshared(seen.calls),
             vocab_size=vocab,
             hidden_size=widths[0] if widths else 0,
-            q_heads=max(call.q_heads for call in seen.calls),
+            q_heads=max((call.q_heads for call in seen.calls), default=0),
             max_positions=positions,
             norm_eps=0.0,
             epsilons=tuple(sorted(seen.epsilons)),
@@ -76,7 +79,9 @@ class ModuleFamily:
                 if first.get(id(value), name) != name
             },
         )
-        return replace(spec, layout=self._layout_of(spec, config))
+        if self.layout is None:
+            spec = self._with_layout(spec, config)
+        return replace(spec, spelt_attention=len(seen.calls) < spec.num_layers)
 
     def build(self, spec: ModelSpec) -> "ModuleDecoder":
         """The module; under fake tensors its parameters are fake, and its buffers are not."""
@@ -121,23 +126,24 @@ class ModuleFamily:
                 f"--module {self.name}: forward of {kind} returned {shape} for input_ids "
                 f"[2, {_ROW}]; expected logits [2, {_ROW}, {vocab}], vocab_size of config.json last"
             )
-        if not seen.calls:
-            raise BadInput(
-                f"--module {self.name}: forward of {kind} never called "
-                "torch.nn.functional.scaled_dot_product_attention; every layer has to call it "
-                "once, since that is how layers are told apart"
-            )
         return seen
 
-    def _layout_of(self, spec: ModelSpec, config: Mapping[str, object]) -> KVLayout:
-        if self.layout is not None:
-            return self.layout
-        if states_sharing(config):
-            return layout_from_config(config)
+    def _with_layout(self, spec: ModelSpec, config: Mapping[str, object]) -> ModelSpec:
+        """The layout that config.json states, or that of the traced graph."""
+        stated = layout_from_config(config) if states_sharing(config) else None
+        if stated is not None and spec.q_heads:
+            return replace(spec, layout=stated)
         from cla_export.rewrite import rewrite
+        from cla_export.rewrite.values import attention_nodes, heads_and_dim
         from cla_export.trace import trace
 
-        return rewrite(trace(self, spec, torch.float32)).layout
+        done = rewrite(trace(self, spec, torch.float32))
+        heads = max(
+            heads_and_dim(query, node, "query")[0]
+            for node in attention_nodes(done.model.graph)
+            if (query := node.inputs[0]) is not None
+        )
+        return replace(spec, layout=stated or done.layout, q_heads=heads)
 
 
 class ModuleDecoder(StatelessDecoder):
@@ -155,6 +161,15 @@ class ModuleDecoder(StatelessDecoder):
     def _run(
         self, input_ids: Tensor, position_ids: Tensor, cache: KVCache | None
     ) -> tuple[Tensor, list[KV]]:
+        if self.spec.spelt_attention:
+            if cache is not None:
+                raise BadInput(
+                    "the module spells its attention out, so PyTorch has no place for a cache in "
+                    "it and runs whole rows alone; it runs over caches once it calls "
+                    "torch.nn.functional.scaled_dot_product_attention in every layer"
+                )
+            with InFloat64():
+                return self.stateless(input_ids, position_ids), []
         if not self.checked:
             self._check(input_ids[:1, :_ROW])
             self.checked = True
@@ -183,7 +198,12 @@ class ModuleDecoder(StatelessDecoder):
 
 
 def _unshared(calls: list[Call]) -> KVLayout:
-    """What the calls alone show; who shares and how far layers see comes later."""
+    """What the calls alone show; who shares and how far layers see comes later.
+
+    Without any call it stands for a layout that is not known yet.
+    """
+    if not calls:
+        return KVLayout.create([0], 1, 1)
     return KVLayout.create(
         identity(len(calls)), [c.kv_heads for c in calls], [c.head_dim for c in calls]
     )

@@ -45,6 +45,7 @@ class Meaning:
     softcap: float
     result: ir.Value
     heads_first: bool
+    reshape: tuple[int, ...] | None  # what a Reshape of [B, heads, S, D], or tokens first, is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def understand(model: ir.Model, spelt: Spelt) -> Meaning:
         raise
     except Exception as error:  # the evaluator's, of a graph that does not run by itself
         raise Refused(f"it cannot be run by itself to see what it means: {error}") from error
-    return Meaning(window, scale, softcap, result, heads_first)
+    return Meaning(window, scale, softcap, result, heads_first, _reshape(spelt, result))
 
 
 def _extract(
@@ -209,12 +210,12 @@ def _random(spelt: Spelt, length: int, size: float) -> tuple[Array, Array, Array
 
 def _scale_and_softcap(run: _Run, window: int | None) -> tuple[float, float]:
     """From what a query makes of two keys; rounded to what the module must have meant."""
-    scale = _slope(run, 0.05)
+    capped = "Tanh" in _operators_above(run.spelt.softmax.inputs[0], inner_values(run.spelt))
+    scale = _slope(run, 0.01 if capped else 0.05)  # a tanh is straight near zero only
     numbers = _numbers(run.spelt)
     meant = {1.0, run.spelt.query.dim**-0.5, 1.0 / run.spelt.query.dim}
     meant |= {a * b for a, b in combinations_with_replacement({1.0, *numbers}, 2)}
     meant |= {a / b for a in {1.0, *numbers} for b in numbers}
-    capped = "Tanh" in _operators_above(run.spelt.softmax.inputs[0], inner_values(run.spelt))
     near = min(meant, key=lambda candidate: abs(candidate - scale))
     if abs(near - scale) <= (_BENT if capped else _SAME_SCALE) * abs(scale):
         scale = near
@@ -255,20 +256,54 @@ def _check(run: _Run, window: int | None, scale: float, softcap: float) -> tuple
         wanted = _attention(query, key, value, window, scale, softcap)
         forms = run.outputs(query, key, value)[1]
         if place < 0:
-            shapes = {wanted.shape: True, wanted.transpose(0, 2, 1, 3).shape: False}
-            fitting = [i for i, form in enumerate(forms) if form.shape in shapes]
-            if not fitting:
-                raise Refused("what it makes is nowhere [B, heads, S, D] or [B, S, heads, D]")
-            place = fitting[0]
-            heads_first = shapes[forms[place].shape]
-        got = forms[place] if heads_first else forms[place].transpose(0, 2, 1, 3)
-        off = float(np.abs(got - wanted).max())
+            place, heads_first = _place(forms, wanted)
+        expected = _laid_out_as(forms[place], wanted, heads_first)
+        off = float(np.abs(forms[place] - expected).max())
         if not off <= _CLOSE * float(np.abs(wanted).max()):
             raise Refused(
                 f"it is not softmax(scale * q k^T + mask) v: at {length} tokens it is off by "
                 f"{off:.1e} with scale {scale:.6g}" + (f", softcap {softcap:g}" if softcap else "")
             )
     return run.spelt.results[place], heads_first
+
+
+def _place(forms: list[Array], wanted: Array) -> tuple[int, bool]:
+    """Which form of the result to take, and whether its heads come before its tokens.
+
+    The first with four axes; where there is none, the first that has the numbers in one of the two
+    orders, heads split into groups or put into one axis with D.
+    """
+    shapes = {wanted.shape: True, wanted.transpose(0, 2, 1, 3).shape: False}
+    for place, form in enumerate(forms):
+        if form.shape in shapes:
+            return place, shapes[form.shape]
+    for place, form in enumerate(forms):
+        for heads_first in (True, False):
+            if form.ndim != wanted.ndim and form.size == wanted.size:
+                same = _laid_out_as(form, wanted, heads_first)
+                if np.abs(form - same).max() <= _CLOSE * np.abs(wanted).max():
+                    return place, heads_first
+    raise Refused(
+        "what it makes is nowhere attention's result [B, heads, S, D], in whatever order of axes"
+    )
+
+
+def _laid_out_as(form: Array, wanted: Array, heads_first: bool) -> Array:
+    """Attention's result [B, heads, S, D] with its axes as a form has them."""
+    ordered = wanted if heads_first else wanted.transpose(0, 2, 1, 3)
+    return ordered.reshape(form.shape)
+
+
+def _reshape(spelt: Spelt, result: ir.Value) -> tuple[int, ...] | None:
+    """How a Reshape names the axes of a result that has not four: batch first, one length."""
+    shape, batch = result.shape, spelt.query.value.shape
+    if shape is None or batch is None or len(shape) == 4:
+        return None
+    dims = [dim if isinstance(dim, int) else -1 for dim in shape]
+    dims[0] = 0 if shape[0] == batch[0] else dims[0]
+    if dims.count(-1) > 1:
+        raise Refused(f"what it makes has shape {shape}; expected one axis of tokens")
+    return tuple(dims)
 
 
 def _attention(

@@ -12,14 +12,16 @@ Cases:
    where a probability is for each token; left alone, with the reason, where it is not.
 """
 
+import numpy as np
 import onnx_ir as ir
 
 from cla_export.errors import GraphError
 from cla_export.rewrite.attention_meaning import Meaning, understand
+from cla_export.rewrite.builder import named_constant
 from cla_export.rewrite.classify_masks import WINDOW
 from cla_export.rewrite.report import PassReport, describe
 from cla_export.rewrite.simplify import drop_unused
-from cla_export.rewrite.spelt_attention import Refused, Spelt, find
+from cla_export.rewrite.spelt_attention import Refused, Source, Spelt, find
 
 
 def fuse_attention(model: ir.Model) -> PassReport:
@@ -56,6 +58,8 @@ def _replace(graph: ir.Graph, spelt: Spelt, meaning: Meaning) -> None:
     inputs = []
     for source in (spelt.query, spelt.key, spelt.value):
         given = source.value
+        if len(source.axes) != 1:
+            given = _with_one_axis(graph, source)
         if not source.heads_first:
             given = _transposed(graph, given)
         if given.dtype != dtype and dtype is not None:  # it was widened for the softmax
@@ -78,8 +82,32 @@ def _replace(graph: ir.Graph, spelt: Spelt, meaning: Meaning) -> None:
     made.type = old.type
     graph.append(node)
     new = made if meaning.heads_first else _transposed(graph, made)
+    if meaning.reshape is not None:
+        dims = named_constant(graph, np.array(meaning.reshape, np.int64), f"{old.name}/axes")
+        reshape = ir.node("Reshape", [new, dims])
+        graph.append(reshape)
+        new = reshape.outputs[0]
+        new.shape, new.type = old.shape, old.type
     new.name, old.name = old.name, f"{old.name}/spelt out"
     old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _with_one_axis(graph: ir.Graph, source: Source) -> ir.Value:
+    """A source's value with all heads on one axis, which need not be there at all."""
+    dims = (
+        [0, source.heads, -1, source.dim]
+        if source.heads_first
+        else [0, -1, source.heads, source.dim]
+    )
+    name = f"heads {'x'.join(map(str, dims))}"
+    node = ir.node("Reshape", [source.value, named_constant(graph, np.array(dims), name)])
+    old, made = source.value.shape, node.outputs[0]
+    assert old is not None
+    length = old[-2] if source.heads_first else old[1]
+    made.shape = ir.Shape([length if dim == -1 else dim or old[0] for dim in dims])
+    made.type = source.value.type
+    graph.append(node)
+    return made
 
 
 def _transposed(graph: ir.Graph, value: ir.Value) -> ir.Value:

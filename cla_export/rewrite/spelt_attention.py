@@ -4,6 +4,7 @@ q, k and v are taken where they last were [B, heads, S, D] or [B, S, heads, D] b
 done to their axes: copies of KV heads fall away, and layers that read the same keys are seen to.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,16 +29,26 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """q, k or v, with its heads still their own."""
+    """q, k or v, with its heads still their own.
+
+    Heads may be on several axes, as of groups and queries, or on none, where there is one.
+    """
 
     value: ir.Value
-    heads: int
+    axes: tuple[int, ...]  # of heads
     dim: int
-    heads_first: bool  # [B, heads, S, D], else [B, S, heads, D]
+    heads_first: bool  # [B, *axes, S, D], else [B, S, *axes, D]
+
+    @property
+    def heads(self) -> int:
+        return math.prod(self.axes)
 
     def shaped(self, array: Array) -> Array:
         """[B, heads, S, D] as the graph has it."""
-        return array if self.heads_first else np.ascontiguousarray(array.transpose(0, 2, 1, 3))
+        batch, _, length, dim = array.shape
+        if self.heads_first:
+            return array.reshape(batch, *self.axes, length, dim)
+        return array.transpose(0, 2, 1, 3).reshape(batch, length, *self.axes, dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,25 +137,33 @@ def _computed(value: ir.Value | None) -> bool:
 
 
 def _source(name: str, value: ir.Value | None) -> Source:
-    """Where a product's input was last [B, heads, S, D] or [B, S, heads, D], before its axes moved.
+    """Where a product's input last had heads, tokens and D apart, before its axes moved.
 
-    A factor for all of it is passed over too: it counts as scale.
+    With heads on one axis if there is such a place. A factor for all of it is passed over too: it
+    counts as scale.
     """
-    found = None
-    for last in chain(value):
-        shape = last.shape
-        if shape is not None and len(shape) == 4 and isinstance(shape[3], int):
-            first, second = shape[1], shape[2]
-            if isinstance(first, int) and not isinstance(second, int):
-                found = Source(last, first, shape[3], True)
-            elif isinstance(second, int) and not isinstance(first, int):
-                found = Source(last, second, shape[3], False)
-    if found is None:
+    found = [source for last in chain(value) if (source := _with_heads(last)) is not None]
+    if not found:
         raise Refused(
-            f"its {name} {value and value.name} is nowhere [B, heads, S, D] or [B, S, "
-            "heads, D] with constant heads and D"
+            f"its {name} {value and value.name} is nowhere [B, heads, S, D], [B, S, heads, D] or "
+            "[B, S, D] with constant heads and D"
         )
-    return found
+    return min(reversed(found), key=lambda source: len(source.axes) or math.inf)
+
+
+def _with_heads(value: ir.Value) -> Source | None:
+    """A value [B, heads.., S, D] or [B, S, heads.., D] by its shape."""
+    shape = tuple(value.shape or ())
+    if len(shape) < 3 or not isinstance(shape[-1], int):
+        return None
+    for heads_first, axes, length in (
+        (True, shape[1:-2], shape[-2]),
+        (False, shape[2:-1], shape[1]),
+    ):
+        constant_axes = tuple(axis for axis in axes if isinstance(axis, int))
+        if len(constant_axes) == len(axes) and not isinstance(length, int):
+            return Source(value, constant_axes, shape[-1], heads_first)
+    return None
 
 
 def chain(value: ir.Value | None) -> Iterator[ir.Value]:

@@ -47,6 +47,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the same headers; what sends leaves the body out
         headers = {name.lower(): value for name, value in scope["headers"]}
         named = headers.get(b"x-request-id", b"")[:_ID_LENGTH] or uuid4().hex.encode()
 

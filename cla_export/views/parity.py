@@ -31,9 +31,9 @@ def render(report: ParityReport, console: Console) -> None:
             case,
             f"{logits.max_error:.1e}",
             f"{logits.tolerance:.1e}",
-            f"{cache.max_error:.1e}",
-            f"{cache.tolerance:.1e}",
-            cache.output.removeprefix("cache."),
+            f"{cache.max_error:.1e}" if cache else "",
+            f"{cache.tolerance:.1e}" if cache else "",
+            cache.output.removeprefix("cache.") if cache else "",
             "[green]pass[/]" if passed else "[bold red]FAIL[/]",
         )
     if report.tensors:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from cla_export import inspect
 from cla_export.errors import GraphError
 from cla_export.stateless_graph import rewrite_graph
 
@@ -103,6 +104,15 @@ def expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout(scores.softmax(-1), 0.1, training=False) @ v
 
 
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What it makes never has four axes before something else happens to it."""
+    q = q.unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("bkgsd,bktd->bkgst", q, k) / DIM**0.5
+    weights = scores.masked_fill(~tril(q.shape[3]), -math.inf).softmax(-1)
+    y = torch.einsum("bkgst,bktd->bskgd", weights, v).flatten(2).sigmoid()
+    return y.unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+
+
 def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.tanh(q @ repeated(k).mT / DIM**0.5 / 3.0) * 3.0
     return scores.masked_fill(~tril(q.shape[2]), -math.inf).softmax(-1) @ repeated(v)
@@ -171,8 +181,8 @@ def saved(path: Path, model: Decoder, opset: int) -> Path:
     return path
 
 
-FORMS = [plain, added, einsum, three_axes, expanded, capped, sdpa, Kept()]
-OWNERS = [0, 1, 0, 3, 1, 3, 3, 7]
+FORMS = [plain, added, einsum, three_axes, expanded, capped, sdpa, Kept(), grouped]
+OWNERS = [0, 1, 0, 3, 1, 3, 3, 7, 7]
 
 
 @pytest.mark.parametrize("opset", [20, 23])
@@ -186,6 +196,11 @@ def test_every_form_is_understood(tmp_path: Path, opset: int) -> None:
     assert done.error is not None and done.error < 2e-6
     fired = {report.name: report.fired for report in done.reports}["fuse_attention"]
     assert fired == len(FORMS) - (opset == 23)  # where the exporter keeps one whole
+    found = inspect(path)
+    assert (found.layout, found.graph and found.graph.stage) == (done.layout, "stateless")
+    assert found.graph is not None and found.graph.attention["spelt out"] == fired
+    weights = sum(p.numel() for p in Decoder(FORMS, OWNERS, KV_HEADS).parameters())
+    assert found.graph.weight_bytes["float32"] > 4 * weights, "weights, and tables"
 
 
 def test_the_older_exporter(tmp_path: Path) -> None:

@@ -267,9 +267,6 @@ WRONG = {
     "expected a torch.nn.Module",
     "own_decoder:other_arguments": "--module own_decoder:other_arguments: forward of Tokens takes "
     "(tokens); expected forward(input_ids, position_ids) -> logits, by these names",
-    "own_decoder:no_attention": "--module own_decoder:no_attention: forward of Bag never called "
-    "torch.nn.functional.scaled_dot_product_attention; every layer has to call it once, since "
-    "that is how layers are told apart",
     "own_decoder:last_logits": "--module own_decoder:last_logits: forward of Short returned (2, "
     "61) for input_ids [2, 5]; expected logits [2, 5, 61], vocab_size of config.json last",
 }
@@ -280,6 +277,11 @@ def test_a_module_that_does_not_fit(folder: Path, name: str) -> None:
     with pytest.raises(BadInput) as caught:
         open_checkpoint(folder, name)
     assert message(caught) == WRONG[name]
+
+
+def test_a_module_without_attention(folder: Path) -> None:
+    with pytest.raises(GraphError, match="the graph has no attention"):
+        open_checkpoint(folder, "own_decoder:no_attention")
 
 
 def test_a_forward_that_depends_on_values(folder: Path) -> None:
