@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from cla_export.deploy.ray_config import QUIET
 from cla_export.deploy.ray_plan import DEPLOYMENT, RayPlan
 from cla_export.environment import cpus, memory, nvidia_gpus
 from cla_export.errors import BadInput, MissingEnvironment, RunError
+from cla_export.serve.process import listen
 
 _STORE_BYTES = 128 * 2**20  # of Ray's object store; requests do not go through it
 _INTERRUPTED = 130
@@ -57,7 +57,9 @@ def run(plan: RayPlan, say: Callable[[str], None]) -> int:
         MissingEnvironment: too few processors or GPUs for the least number of replicas.
         RunError: a replica could not start, or Ray ended.
     """
-    port, room = _free_port(plan), _check_room(plan)
+    with listen(plan.options.host, plan.options.port) as free:
+        port = int(free.getsockname()[1])
+    room = _check_room(plan)
     _check_memory(plan)
     if room < plan.options.replicas.most:
         say(f"this machine has room for {room} of {plan.options.replicas.most} replicas")
@@ -200,18 +202,6 @@ def _check_memory(plan: RayPlan) -> None:
             f"{least} replicas with KV pools of {plan.pool.total:,} bytes need more than the "
             f"{have:,} bytes of this machine; give a smaller --kv-memory, or fewer --replicas"
         )
-
-
-def _free_port(plan: RayPlan) -> int:
-    """The port, which nobody listens on; BadInput if somebody does."""
-    host, port = plan.options.host, plan.options.port
-    try:
-        with socket.create_server((host, port)) as listening:
-            return int(listening.getsockname()[1])
-    except OSError as error:
-        raise BadInput(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror})"
-        ) from error
 
 
 def _start(plan: RayPlan, port: int) -> None:
