@@ -51,6 +51,7 @@ _TOOLS = ("torch", "onnxruntime", "onnx", "polygraphy", "numpy")
 _HELD = 64  # tokens whose keys and values stand in for a long context's, over and over
 _ONE_THREAD = 2**24  # parameters
 _ON_GPU = 8192  # tokens a slot holds there, at most
+_INT8 = 8  # bits of experts' weights whose products round what they multiply
 _SLOTS = 8  # there: more than any case needs
 _SHOWN = "decode"  # the case whose layers are shown where nothing fails
 _SPELT = "the module spells its attention out, where PyTorch has no keys and values to show"
@@ -364,7 +365,10 @@ def _sides(
     if bundle.dtype != "float32":
         rounded = load_model(checkpoint, getattr(torch, bundle.dtype))
         use_quantized(rounded, reading)
-    return Reference.of(model, rounded, bundle.quantization)
+    how, experts = bundle.quantization, bundle.manifest.get("experts")
+    quantized = isinstance(experts, dict) and experts["operator"] == "QMoE"
+    rounds_experts = quantized and how is not None and how.bits == _INT8
+    return Reference.of(model, rounded, how, rounds_experts=rounds_experts)
 
 
 @contextmanager

@@ -97,15 +97,23 @@ class Reference:
 
     @classmethod
     def of(
-        cls, model: Decoder, rounded: Decoder | None, quantization: Quantization | None
+        cls,
+        model: Decoder,
+        rounded: Decoder | None,
+        quantization: Quantization | None,
+        *,
+        rounds_experts: bool = False,
     ) -> "Reference":
-        """Sides over a float32 model; `rounded` is it in the bundle's dtype, where not float32."""
+        """Sides over a float32 model; `rounded` is it in the bundle's dtype, where not float32.
+
+        With `rounds_experts` what goes into experts is rounded too (`lower.quantize_experts`).
+        """
 
         def rounding(module: Decoder) -> AbstractContextManager[None]:
-            return _native(module, quantization, None)
+            return _native(module, quantization, None, rounds_experts)
 
         def reordering(part: int) -> Callable[[Decoder], AbstractContextManager[None]]:
-            return lambda module: _native(module, quantization, part)
+            return lambda module: _native(module, quantization, part, rounds_experts)
 
         size = 8 * sum(parameter.numel() for parameter in model.parameters())
         exact = Side(model, _in_float64)
@@ -185,11 +193,15 @@ def _widened(value: Any) -> Any:  # noqa: ANN401
 
 
 @contextmanager
-def _native(model: Decoder, quantization: Quantization | None, part: int | None) -> Iterator[None]:
+def _native(
+    model: Decoder, quantization: Quantization | None, part: int | None, rounds_experts: bool
+) -> Iterator[None]:
     """The bundle's arithmetic: activations as it rounds them, sums in one part or in two."""
     with ExitStack() as stack:
         if quantization is not None:
             stack.enter_context(_rounded_activations(model, quantization))
+        if quantization is not None and rounds_experts:
+            stack.enter_context(_RoundedExperts(model, quantization))
         if part is not None:
             stack.enter_context(_sums_in_parts(model, part))
         if part is not None and next(model.parameters()).dtype != torch.float32:
@@ -234,11 +246,7 @@ def _rounded_activations(model: Decoder, quantization: Quantization) -> Iterator
 
     def round_inputs(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         (x,) = inputs
-        size, width = quantization.block, x.shape[-1]
-        padded = nn.functional.pad(x, (0, -width % size)).reshape(*x.shape[:-1], -1, size)
-        step = padded.abs().amax(-1, keepdim=True) / 127
-        rounded: Tensor = (padded / step.clamp(min=torch.finfo(x.dtype).tiny)).round() * step
-        return rounded.flatten(-2)[..., :width]
+        return _rounded(x, quantization.block)
 
     handles = [
         module.register_forward_pre_hook(round_inputs)
@@ -247,6 +255,40 @@ def _rounded_activations(model: Decoder, quantization: Quantization) -> Iterator
     ]
     with _hooked(handles):
         yield
+
+
+class _RoundedExperts(TorchFunctionMode):
+    """Rounds what goes into every product with an expert's weight, in the same way."""
+
+    def __init__(self, model: Decoder, quantization: Quantization) -> None:
+        super().__init__()
+        self._block = quantization.block
+        parameters = dict(model.named_parameters())
+        routed = (parameters[name] for name in model.spec.routed or {})
+        self._places = {weight.untyped_storage().data_ptr() for weight in routed}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        del types
+        if func is nn.functional.linear:
+            x, weight = args[:2]
+            if weight.untyped_storage().data_ptr() in self._places:
+                args = (_rounded(x, self._block), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _rounded(x: Tensor, block: int) -> Tensor:
+    """Values rounded to int8, with a scale for each block of the last axis."""
+    width = x.shape[-1]
+    padded = nn.functional.pad(x, (0, -width % block)).reshape(*x.shape[:-1], -1, block)
+    step = padded.abs().amax(-1, keepdim=True) / 127
+    rounded: Tensor = (padded / step.clamp(min=torch.finfo(x.dtype).tiny)).round() * step
+    return rounded.flatten(-2)[..., :width]
 
 
 class _Held:
