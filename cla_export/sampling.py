@@ -1,28 +1,21 @@
 """Choosing the next token from rows of logits.
 
 What is drawn for a row depends on its own logits, parameters and seed alone: never on the rows
-beside it, the slot it is in, or what the process did before. Numbers are counter-based: the seed,
-how many tokens were made, and the token's own id give them.
-
-A draw is a race: each token takes a time, exponential with its probability as rate, and the fastest
-is taken. Where a runtime rounds logits differently from one batch to the next, that changes a token
-only if two finish within the rounding of each other. (A number looked up among cumulated
-probabilities would have as many such borders as there are tokens.)
+beside it, the slot it is in, or what the process did before. Random numbers are counter-based: the
+seed and how many tokens were drawn give them.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from cla_export.draw import Scratch, draw
 from cla_export.engines.executor import Logits
 from cla_export.errors import BadInput
 
 _SEEDS = 2**64
-_SHORTEST = np.float32(2**-25)  # of a race's times: none is 0
 _BIAS = 100.0  # largest |logit bias|, as in OpenAI's API
 
 
@@ -96,13 +89,15 @@ class Sampler:
         barred_for: int = 0,
     ) -> None:
         self.params = params = params or SamplingParams()
-        self._prompt = np.unique(np.array(prompt, np.int64))
+        self._bias = dict.fromkeys((token for token, _ in params.logit_bias), 0.0)
+        for token, bias in params.logit_bias:
+            self._bias[token] += bias
+        self._seen = None if params.as_they_are else _Seen(prompt)
         self._barred = np.array(barred, np.int64)
         self._barred_for = barred_for
-        self._made: Counter[int] = Counter()
         self._count = 0
         key = np.random.SeedSequence([params.seed % _SEEDS, choice])
-        self._generator = np.random.Generator(np.random.Philox(key))
+        self._random = np.random.Philox(key)
 
     @property
     def greedy(self) -> bool:
@@ -110,44 +105,71 @@ class Sampler:
         barred = self._count < self._barred_for
         return self.params.temperature == 0 and self.params.as_they_are and not barred
 
-    def pick(self, logits: Logits) -> int:
-        """The next token for logits [V], all below infinity and one at least finite."""
-        token = int(logits.argmax()) if self.greedy else self._pick(logits)
+    def pick(self, logits: Logits, scratch: Scratch | None = None) -> int:
+        """The next token for logits [V], all below infinity and one at least finite.
+
+        `scratch` is memory of this vocabulary; None: some is made.
+        """
+        if self.greedy:
+            token = int(logits.argmax())
+        else:
+            token = self._pick(logits, scratch or Scratch(len(logits)))
         self.take(token)
         return token
 
     def take(self, token: int) -> None:
         """Note a token that was chosen."""
         self._count += 1
-        if not self.params.as_they_are:
-            self._made[token] += 1
+        if self._seen is not None:
+            self._seen.add(token)
 
-    def _pick(self, logits: Logits) -> int:
-        scores = logits.astype(np.float32)
-        self._adjust(scores)
+    def _pick(self, logits: Logits, scratch: Scratch) -> int:
+        if not self.params.as_they_are or self._count < self._barred_for:
+            scratch.row[:] = logits
+            self._adjust(scratch.row)
+            logits = scratch.row
+        likeliest = int(logits.argmax())
         if self.params.temperature == 0:
-            return int(scores.argmax())
-        scores -= scores.max()
-        scores /= self.params.temperature
-        ids, weights = _kept(scores, self.params)
-        key = self._generator.integers(_SEEDS, dtype=np.uint64, endpoint=False)
-        return int(ids[(weights / _times(ids, key)).argmax()])
+            return likeliest
+        np.subtract(logits, logits[likeliest], out=scratch.row)
+        return draw(scratch, self.params, self._random.random_raw())
 
-    def _adjust(self, scores: NDArray[np.float32]) -> None:
-        params = self.params
-        for token, bias in params.logit_bias:
+    def _adjust(self, scores: Logits) -> None:
+        for token, bias in self._bias.items():
             scores[token] += bias
-        if not params.as_they_are:
-            made = np.fromiter(self._made.keys(), np.int64, len(self._made))
-            counts = np.fromiter(self._made.values(), np.float32, len(self._made))
-            seen = np.union1d(self._prompt, made)
-            factor = np.where(
-                scores[seen] > 0, 1 / params.repetition_penalty, params.repetition_penalty
-            )
-            scores[seen] *= factor.astype(np.float32)
-            scores[made] -= params.presence_penalty + params.frequency_penalty * counts
+        if self._seen is not None:
+            self._seen.penalize(scores, self.params)
         if self._count < self._barred_for:
             scores[self._barred] = -np.inf
+
+
+class _Seen:
+    """The tokens that prompt and output have, and how often the output has each."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._places = {token: place for place, token in enumerate(dict.fromkeys(prompt))}
+        self._tokens = np.fromiter(self._places, np.int64, len(self._places))
+        self._times = np.zeros(len(self._places), np.float32)
+
+    def add(self, token: int) -> None:
+        """Note one of the output."""
+        place = self._places.setdefault(token, len(self._tokens))
+        if place == len(self._tokens):
+            self._tokens = np.append(self._tokens, np.int64(token))
+            self._times = np.append(self._times, np.float32(0))
+        self._times[place] += 1
+
+    def penalize(self, scores: Logits, params: SamplingParams) -> None:
+        """Change scores [V] by the penalties."""
+        found = scores[self._tokens]
+        found *= np.where(
+            found > 0,
+            np.float32(1 / params.repetition_penalty),
+            np.float32(params.repetition_penalty),
+        )
+        found -= np.float32(params.frequency_penalty) * self._times
+        found[self._times > 0] -= np.float32(params.presence_penalty)
+        scores[self._tokens] = found
 
 
 def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
@@ -158,6 +180,7 @@ def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
     likeliest = logits.argmax(1)
     largest = logits[np.arange(len(samplers)), likeliest]
     tokens: list[int | None] = []
+    scratch = None
     for row, sampler in enumerate(samplers):
         if not math.isfinite(largest[row]):
             tokens.append(None)
@@ -165,61 +188,6 @@ def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
             tokens.append(int(likeliest[row]))
             sampler.take(int(likeliest[row]))
         else:
-            tokens.append(sampler.pick(logits[row]))
+            scratch = scratch or Scratch(logits.shape[1])
+            tokens.append(sampler.pick(logits[row], scratch))
     return tokens
-
-
-def _kept(
-    scores: NDArray[np.float32], params: SamplingParams
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Tokens that may be drawn, and their weights, by scores [V] of which the largest is 0."""
-    lowest = -math.inf
-    if 0 < params.top_k < len(scores):
-        lowest = float(np.partition(scores, -params.top_k)[-params.top_k])
-    if params.min_p > 0:
-        lowest = max(lowest, math.log(params.min_p))
-    weights = np.exp(scores)
-    if lowest > -math.inf:
-        weights[scores < lowest] = 0
-    if params.top_p < 1:
-        total = float(weights.sum())
-        # Those at most this likely have 1 - top_p together at most: the others reach top_p.
-        few = total * (1 - params.top_p) / len(weights)
-        ids = np.flatnonzero(weights > few)
-        weights = weights[ids]
-        inside = np.flatnonzero(weights >= _border(weights, params.top_p * total))
-        return ids[inside], weights[inside]
-    ids = np.flatnonzero(weights)
-    return ids, weights[ids]
-
-
-def _border(weights: NDArray[np.float32], mass: float) -> np.float32:
-    """The least of the largest weights that have this mass together; weights are positive.
-
-    Only weights whose upper bits are the border's are sorted: bits of positive floats rise with
-    them.
-    """
-    bins = weights.view(np.int32) >> 20  # eight to an octave
-    falling_mass = np.cumsum(np.bincount(bins, weights)[::-1])
-    reached = int(np.searchsorted(falling_mass, mass))
-    if reached == len(falling_mass):  # by rounding alone
-        return np.float32(weights.min())
-    left = mass - (falling_mass[reached - 1] if reached else 0.0)
-    falling = -np.sort(-weights[bins == len(falling_mass) - 1 - reached])
-    last = int(np.searchsorted(np.cumsum(falling, dtype=np.float64), left))
-    return np.float32(falling[min(last, len(falling) - 1)])
-
-
-def _times(ids: NDArray[np.int64], key: np.uint64) -> NDArray[np.float32]:
-    """Exponential numbers of rate 1, above 0, one for each token id and key.
-
-    The mixer is SplitMix64's (Steele, Lea and Flood 2014).
-    """
-    mixed = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed ^= mixed >> np.uint64(shift)
-        mixed *= np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    uniform = ((mixed >> np.uint64(40)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)
-    times: NDArray[np.float32] = np.maximum(-np.log(uniform), _SHORTEST)
-    return times

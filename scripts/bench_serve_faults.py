@@ -9,12 +9,14 @@ import asyncio
 import http.client
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -43,40 +45,57 @@ def percentiles(values: Ms) -> str:
     return f"p50 {p50:.1f}, p99 {p99:.1f} ms ({len(values)})"
 
 
-async def one(client: httpx.AsyncClient, gaps: list[float], refusals: list[float]) -> None:
-    """One stream: the gaps between its events, or how long its refusal took."""
-    began = last = time.perf_counter()
-    async with client.stream("POST", "/v1/completions", json=BODY) as response:
-        if response.status_code != 200:
-            refusals.append((time.perf_counter() - began) * 1e3)
-            await response.aread()
-            return
-        first = True
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                now = time.perf_counter()
-                if not first:
-                    gaps.append((now - last) * 1e3)
-                first, last = False, now
+async def one(
+    streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], asking: bytes
+) -> tuple[int, list[float]]:
+    """One request on a connection: its status, and the milliseconds between its events.
 
-
-async def load(url: str, clients: int, seconds: float) -> tuple[list[float], list[float]]:
-    """Clients that ask again as soon as they are answered, and a tenth of a second after a 429."""
+    By hand, since the crowd shares the machine: a client library needs more of it than the server.
+    """
+    reader, writer = streams
+    writer.write(asking)
+    head = await reader.readuntil(b"\r\n\r\n")
+    status = int(head.split(maxsplit=2)[1])
+    if status != 200:
+        length = head.lower().partition(b"content-length:")[2].split(maxsplit=1)[0]
+        await reader.readexactly(int(length))
+        return status, []
     gaps: list[float] = []
-    refusals: list[float] = []
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-        ends = time.perf_counter() + seconds
+    last, event = 0.0, b""
+    while not event.startswith(b"0\r"):  # the last chunk
+        event = await reader.readline()
+        if event.startswith(b"data: {"):
+            now = time.perf_counter()
+            gaps += [(now - last) * 1e3] if last else []
+            last = now
+    await reader.readline()
+    return status, gaps
 
-        async def again() -> None:
-            while time.perf_counter() < ends:
-                before = len(refusals)
-                await one(client, gaps, refusals)
-                if len(refusals) > before:
-                    await asyncio.sleep(0.1)
 
-        await asyncio.gather(*(again() for _ in range(clients)))
-    return gaps, refusals
+async def load(url: str, clients: int, seconds: float, rest: float) -> dict[str, list[float]]:
+    """Clients that ask again as soon as they are answered, and `rest` seconds after a 429."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    content = json.dumps(BODY)
+    asking = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}\r\n\r\n{content}"
+    ).encode()
+    found: dict[str, list[float]] = {"gaps": [], "statuses": []}
+    ends = time.perf_counter() + seconds
+
+    async def again(index: int) -> None:
+        await asyncio.sleep(index / clients)  # they come within a second
+        streams = await asyncio.open_connection(host, int(port))
+        while time.perf_counter() < ends:
+            status, gaps = await one(streams, asking)
+            found["gaps"] += gaps
+            found["statuses"].append(status)
+            if status != 200:
+                await asyncio.sleep(rest)
+        streams[1].close()
+
+    await asyncio.gather(*(again(index) for index in range(clients)))
+    return found
 
 
 def rss(pid: int) -> float:
@@ -84,33 +103,44 @@ def rss(pid: int) -> float:
     return int(next(s.split()[1] for s in status.splitlines() if s.startswith("VmRSS"))) / 1024
 
 
-def overload(bundle: Path, seconds: float) -> None:
+def overload(bundle: Path, crowds: Sequence[int], seconds: float, rest: float) -> None:
     """The crowd is a process of its own; a client beside it asks how long a refusal takes."""
     options = ("--slots", SLOTS, "--max-queued-requests", SLOTS)
     with ServerProcess(bundle, *options) as server, httpx.Client(base_url=server.url) as client:
         print(f"ready {server.seconds_to_ready:.2f} s after the start of the process")
-        for times in (1, 2, 10, 25):
-            before = metrics(client)
-            command = [sys.executable, __file__, "--load", server.url, "--clients"]
-            crowd = subprocess.Popen(
-                [*command, str(times * SLOTS), "--seconds", str(seconds)], stdout=subprocess.PIPE
-            )
+        for times in crowds:
+            command = [sys.executable, __file__, "--load", server.url, "--rest", str(rest)]
+            command += ["--clients", str(times * SLOTS), "--seconds", str(seconds)]
+            busy, before = processor_seconds(server.process.pid), metrics(client)
             refused = []
-            while crowd.poll() is None:
-                took, status = probe(server.url)
-                if status == 429:
-                    refused.append(took)
-                time.sleep(0.02)
-            after = metrics(client)
-            name = "time_per_output_token_seconds"
-            each = 1e3 * (after[f"{name}_sum"] - before[f"{name}_sum"])
-            count = after[f"{name}_count"] - before[f"{name}_count"]
-            answered = 'error_responses_total{code="queue_full",status="429"}'
-            print(
-                f"{times:>3} x as many clients as slots: {count:.0f} answers, a token each "
-                f"{each / count:.1f} ms; {after.get(answered, 0) - before.get(answered, 0):.0f} "
-                f"refused, after {percentiles(refused)}; RSS {rss(server.process.pid):.0f} MiB"
+            with tempfile.TemporaryFile("w+") as told:
+                crowd = subprocess.Popen(command, stdout=told)
+                while crowd.poll() is None:
+                    took, status = probe(server.url)
+                    if status == 429:
+                        refused.append(took)
+                    time.sleep(0.1)
+                told.seek(0)
+                found = json.load(told)
+            after, name = metrics(client), "time_per_output_token_seconds"
+            each, times_each = (
+                after[f"{name}_{part}"] - before.get(f"{name}_{part}", 0)
+                for part in ("sum", "count")
             )
+            counts = Counter(map(int, found["statuses"]))
+            print(
+                f"{times:>3} x as many clients as slots: answers {dict(sorted(counts.items()))}; "
+                f"a token each {1e3 * each / times_each:.1f} ms by the server, "
+                f"{percentiles(found['gaps'])} by its clients; one more client is refused after "
+                f"{percentiles(refused)}; processor "
+                f"{processor_seconds(server.process.pid) - busy:.1f} s; "
+                f"RSS {rss(server.process.pid):.0f} MiB"
+            )
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def probe(url: str) -> tuple[float, int]:
@@ -222,7 +252,7 @@ def scraping(bundle: Path, seconds: float) -> None:
             thread = threading.Thread(target=scrape)
             if what != "alone":
                 thread.start()
-            gaps, _ = asyncio.run(load(server.url, SLOTS, seconds))
+            gaps = asyncio.run(load(server.url, SLOTS, seconds, 0.0))["gaps"]
             stop.set()
             if what != "alone":
                 thread.join()
@@ -235,10 +265,12 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20, help="that clients leave")
     parser.add_argument("--load", help="be a crowd of clients of this server, and nothing else")
     parser.add_argument("--clients", type=int, default=SLOTS)
+    parser.add_argument("--crowds", default="1,2,10,25,100", help="clients, as times the slots")
+    parser.add_argument("--rest", type=float, default=1.0, help="seconds after an answer of 429")
     parser.add_argument("--only", help="one of overload, leaving, signals, executors, scraping")
     given = parser.parse_args()
     if given.load is not None:
-        asyncio.run(load(given.load, given.clients, given.seconds))
+        print(json.dumps(asyncio.run(load(given.load, given.clients, given.seconds, given.rest))))
         return
     logging.disable()  # failures that are meant are told below
     print(heading(provenance(cpus())))
@@ -246,7 +278,9 @@ def main() -> None:
         bundle = Path(work) / "demo"
         cla_export.export(cla_export.demo_checkpoint(), bundle)
         parts: dict[str, Callable[[], None]] = {
-            "overload": lambda: overload(bundle, given.seconds),
+            "overload": lambda: overload(
+                bundle, list(map(int, given.crowds.split(","))), given.seconds, given.rest
+            ),
             "leaving": lambda: leaving(bundle, given.times),
             "signals": lambda: signals(bundle),
             "executors": executors,

@@ -2,7 +2,8 @@
 
 Arrivals, lengths, prefixes, seeds, parameters and cancellations are random but repeatable. Every
 answer must be, token for token, the one that the same request gets from an idle server; afterwards
-every slot must be free, and the server's counters must be the sum of all answers.
+every slot must be free, and the server's counters must add up: exactly to the sum of all answers in
+rounds in which nobody leaves early, and to what its steps made in all.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ import numpy as np
 
 Body = dict[str, Any]
 _PATIENCE = 300  # seconds
+_DECODED, _PREFILLED = (f'step_tokens_total{{phase="{phase}"}}' for phase in ("decode", "prefill"))
+_SUCCESS = "request_success_total"
 
 
 @dataclass(slots=True)
@@ -137,9 +140,8 @@ async def soak(
         outcome.tokens = sum(answer["completion_tokens"] for answer in answered)
         outcome.cached = sum(a["prompt_tokens_details"]["cached_tokens"] for a in answered)
         outcome.cancelled = count - len(answered)
-        counted = after["generation_tokens_total"] - before.get("generation_tokens_total", 0)
-        if counted < outcome.tokens or (not outcome.cancelled and counted != outcome.tokens):
-            outcome.faults.append(f"counted {counted} tokens, answers have {outcome.tokens}")
+        grown = {name: value - before.get(name, 0) for name, value in after.items()}
+        outcome.faults += _account(grown, answered, everybody=not outcome.cancelled)
     async with httpx.AsyncClient(
         base_url=alone_url or url, timeout=_PATIENCE, headers=headers
     ) as client:
@@ -155,6 +157,26 @@ async def soak(
                 at = _first_difference(answer["token_ids"], expected["token_ids"])
                 outcome.faults.append(f"request {index}: {differ} differ, from token {at} on")
     return outcome
+
+
+def _account(grown: Mapping[str, float], answers: Sequence[Body], *, everybody: bool) -> list[str]:
+    """What does not add up in the counters' growth; `everybody`: all requests were answered."""
+    made, first = grown["generation_tokens_total"], grown["time_to_first_token_seconds_count"]
+    looked, found = grown["prefix_cache_queries_total"], grown["prefix_cache_hits_total"]
+    pairs = {"tokens, and those of steps": (made, first + grown[_DECODED])}
+    if everybody:
+        asked = sum(answer["prompt_tokens"] for answer in answers)
+        cached = sum(answer["prompt_tokens_details"]["cached_tokens"] for answer in answers)
+        successes = [value for name, value in grown.items() if name.startswith(_SUCCESS)]
+        pairs |= {
+            "tokens, and those of answers": (made, sum(a["completion_tokens"] for a in answers)),
+            "requests, and answers": (sum(successes), len(answers)),
+            "prompt tokens, and those of answers": (grown["prompt_tokens_total"], asked),
+            "prompt tokens looked up, and those of answers": (looked, asked),
+            "prompt tokens cached, and those of answers": (found, cached),
+            "prompt tokens not cached, and those of steps": (looked - found, grown[_PREFILLED]),
+        }
+    return [f"{what}: {a:.0f}, {b:.0f}" for what, (a, b) in pairs.items() if a != b]
 
 
 def _first_difference(one: list[int], other: list[int]) -> int:
@@ -177,6 +199,10 @@ async def _wait_idle(client: httpx.AsyncClient, outcome: Outcome) -> None:
         if not now["num_requests_running"] + now["num_requests_waiting"]:
             if now["kv_cache_usage_perc"]:
                 outcome.faults.append(f"cache in use when idle: {now['kv_cache_usage_perc']}")
+            slots = (await client.get("/status")).json()["slots"]
+            busy = [slot for slot in slots if slot["state"] not in ("kept", "free")]
+            if busy or len(slots) != now["num_slots"]:
+                outcome.faults.append(f"slots when idle: {slots}")
             return
         await asyncio.sleep(0.01)
     outcome.faults.append("not idle 5 s after the last answer")
@@ -193,7 +219,8 @@ def main() -> None:
     given = parser.parse_args()
     ends, seed, faults = time.monotonic() + 60 * given.minutes, given.seed, 0
     while True:
-        found = asyncio.run(soak(given.url, given.requests, seed, rate=given.rate))
+        leave = 0.15 if seed % 2 else 0.0
+        found = asyncio.run(soak(given.url, given.requests, seed, rate=given.rate, cancel=leave))
         faults += len(found.faults)
         print(
             f"seed {seed}: {found.same} of {found.requests} the same as alone, "

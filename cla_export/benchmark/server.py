@@ -1,135 +1,63 @@
-"""A server under load: as many streams at a time as asked for, and how long their tokens take.
-
-Works with any server of OpenAI's completions over plain HTTP. Prompts are random token ids.
-"""
+"""A server under load, over plain HTTP: any that has OpenAI's completions."""
 
 import asyncio
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from datetime import date
 from urllib.parse import urlsplit
 
-import numpy as np
-
+from cla_export.benchmark.load import Answer, LoadBench, Work, measure_level
 from cla_export.bundle import Progress
 from cla_export.errors import BadInput, RunError
-
-_IDS = (3, 250)  # token ids of prompts: every vocabulary has them
-
-
-@dataclass(frozen=True, slots=True)
-class Percentiles:
-    """Milliseconds."""
-
-    p50: float
-    p95: float
-    p99: float
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """One number of streams at a time. A request is good if it kept both limits."""
-
-    concurrency: int
-    answered: int
-    refused: int  # 429 and 503
-    seconds: float
-    tokens_per_s: float
-    first_token: Percentiles  # from sending the request
-    between_tokens: Percentiles
-    whole: Percentiles
-    good_per_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ServerBench:
-    """What was measured, by what limits."""
-
-    url: str
-    model: str
-    prompt_tokens: int
-    new_tokens: int
-    first_token_limit_ms: float
-    between_tokens_limit_ms: float
-    levels: tuple[Level, ...]
-
-    def to_json(self) -> dict[str, object]:
-        """Plain data."""
-        return asdict(self) | {"levels": [asdict(level) for level in self.levels]}
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    status: int
-    sent: float
-    arrivals: tuple[float, ...]  # of events with text
-    tokens: int  # by the usage that the server told; without one, its events
 
 
 def bench_server(
     url: str,
+    work: Work,
     *,
-    concurrency: Sequence[int] = (1, 4, 16),
-    requests: int = 32,
-    prompt_tokens: int = 64,
-    new_tokens: int = 64,
-    first_token_limit_ms: float = 1000.0,
-    between_tokens_limit_ms: float = 100.0,
     api_key: str | None = None,
     progress: Progress = lambda _what, _done, _of: None,
-) -> ServerBench:
+) -> LoadBench:
     """Load a server, one level after another.
 
     Args:
         url: such as http://127.0.0.1:8000.
-        concurrency: streams at a time, of each level.
-        requests: of each level; at least two for each stream run.
-        prompt_tokens: of each prompt; no two have a first token in common on purpose.
-        new_tokens: of each answer; end tokens are ignored.
-        first_token_limit_ms: what a good request may take to its first token.
-        between_tokens_limit_ms: what a good request's tokens may be apart, on average.
+        work: what is asked.
         api_key: sent along.
         progress: called with (what, levels done, of).
 
     Raises:
-        BadInput: an option is wrong.
+        BadInput: the address is wrong.
         RunError: the server does not answer, or with an error other than being full.
     """
     place = urlsplit(url)
     if place.scheme != "http" or place.hostname is None:
-        raise BadInput(f"url is {url!r}; expected one such as http://127.0.0.1:8000")
-    numbers = [*concurrency, requests, prompt_tokens, new_tokens]
-    if min(numbers) < 1:
-        raise BadInput(f"{min(numbers)} streams, requests or tokens; expected at least 1 of each")
+        raise BadInput(
+            f"url is {url!r}; expected one such as http://127.0.0.1:8000, or a bundle's folder"
+        )
     client = _Client(place.hostname, place.port or 80, api_key)
     try:
         model = asyncio.run(client.model())
         levels = []
-        for index, streams in enumerate(concurrency):
-            progress(f"{streams} streams", index, len(concurrency))
-            count = max(requests, 2 * streams)
-            bodies = [_body(index * 10_000 + i, prompt_tokens, new_tokens) for i in range(count)]
+        for index, streams in enumerate(work.concurrency):
+            progress(f"{streams} streams", index, len(work.concurrency))
+            bodies = [_body(prompt, work.new_tokens) for prompt in work.prompts(index)]
             began = time.perf_counter()
             answers = asyncio.run(client.run(bodies, streams))
-            seconds = time.perf_counter() - began
-            limits = (first_token_limit_ms, between_tokens_limit_ms)
-            levels.append(_level(streams, answers, seconds, limits))
+            levels.append(measure_level(work, streams, answers, time.perf_counter() - began))
     except OSError as error:
         raise RunError(f"{url}: the server does not answer ({error})") from error
-    return ServerBench(
-        url=url,
+    return LoadBench(
+        target=url,
         model=model,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        first_token_limit_ms=first_token_limit_ms,
-        between_tokens_limit_ms=between_tokens_limit_ms,
+        date=date.today().isoformat(),
+        work=work,
         levels=tuple(levels),
     )
 
 
-def _body(seed: int, prompt_tokens: int, new_tokens: int) -> dict[str, object]:
-    prompt = np.random.default_rng(seed).integers(*_IDS, prompt_tokens).tolist()
+def _body(prompt: Sequence[int], new_tokens: int) -> dict[str, object]:
     return {
         "prompt": prompt,
         "max_tokens": new_tokens,
@@ -153,7 +81,7 @@ class _Client:
             raise RunError(f"/v1/models: status {status}: {content.decode(errors='replace')}")
         return str(json.loads(content)["data"][0]["id"])
 
-    async def run(self, bodies: Sequence[dict[str, object]], streams: int) -> list[_Answer]:
+    async def run(self, bodies: Sequence[dict[str, object]], streams: int) -> list[Answer]:
         """Answers, `streams` at a time."""
         waiting, answers = list(bodies), []
 
@@ -164,7 +92,7 @@ class _Client:
         await asyncio.gather(*(one_after_another() for _ in range(streams)))
         return answers
 
-    async def _stream(self, body: dict[str, object]) -> _Answer:
+    async def _stream(self, body: dict[str, object]) -> Answer:
         sent = time.perf_counter()
         reader, writer = await self._send("POST", "/v1/completions", json.dumps(body).encode())
         try:
@@ -182,7 +110,7 @@ class _Client:
                     break
             if status not in (200, 429, 503):
                 raise RunError(f"/v1/completions: status {status}: {line.decode(errors='replace')}")
-            return _Answer(status, sent, tuple(arrivals), tokens or len(arrivals))
+            return Answer(status, sent, tuple(arrivals), tokens or len(arrivals))
         finally:
             writer.close()
 
@@ -206,34 +134,3 @@ class _Client:
         writer.write(head.encode() + content)
         await writer.drain()
         return reader, writer
-
-
-def _level(
-    streams: int, answers: Sequence[_Answer], seconds: float, limits: tuple[float, float]
-) -> Level:
-    done = [answer for answer in answers if answer.status == 200 and answer.arrivals]
-    if not done:
-        raise RunError(f"{streams} streams: none of {len(answers)} requests was answered")
-    first = [1e3 * (answer.arrivals[0] - answer.sent) for answer in done]
-    gaps = [1e3 * np.diff(answer.arrivals) for answer in done]
-    good = [
-        early <= limits[0] and (not len(gap) or gap.mean() <= limits[1])
-        for early, gap in zip(first, gaps, strict=True)
-    ]
-    return Level(
-        concurrency=streams,
-        answered=len(done),
-        refused=len(answers) - len(done),
-        seconds=seconds,
-        tokens_per_s=sum(answer.tokens for answer in done) / seconds,
-        first_token=_percentiles(first),
-        between_tokens=_percentiles(np.concatenate(gaps).tolist()),
-        whole=_percentiles([1e3 * (answer.arrivals[-1] - answer.sent) for answer in done]),
-        good_per_s=sum(good) / seconds,
-    )
-
-
-def _percentiles(values: Sequence[float]) -> Percentiles:
-    if not len(values):
-        return Percentiles(0.0, 0.0, 0.0)
-    return Percentiles(*(float(value) for value in np.percentile(values, [50, 95, 99])))

@@ -22,6 +22,7 @@ COMMANDS = (  # a module each, in the order that --help lists them
     "plan",
     "bench",
     "serve",
+    "deploy",
     "bench_server",
     "doctor",
     "demo",

@@ -19,6 +19,7 @@ from cla_export.compare.baseline import read_baseline, regressions
 from cla_export.compare.cases import Case, Setup, case_length, make_setups, shape_of
 from cla_export.compare.debug import call_of_interest, check_debug_dir, write_call
 from cla_export.compare.greedy import compare_greedy
+from cla_export.compare.int8_caches import find_scales, made_up
 from cla_export.compare.marks import Call, MarkedExecutor
 from cla_export.compare.perplexity import compare_perplexity, perplexity
 from cla_export.compare.reading import read_bundle, use_quantized
@@ -35,8 +36,7 @@ from cla_export.compare.report import ParityReport, TensorResult
 from cla_export.compare.results import tensor_result
 from cla_export.compare.routing import routed
 from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
-from cla_export.compare.text import SEED, token_stream
-from cla_export.compare.thresholds import Threshold, threshold_of
+from cla_export.compare.thresholds import Threshold, thresholds_of
 from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.executor import Executor
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor, graph_of
@@ -46,6 +46,7 @@ from cla_export.environment import processor
 from cla_export.errors import BadInput, BundleError, RunError
 from cla_export.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from cla_export.models.decoder import Decoder
+from cla_export.tokenizer import SEED, token_stream
 
 _TOOLS = ("torch", "onnxruntime", "onnx", "polygraphy", "numpy")
 _HELD = 64  # tokens whose keys and values stand in for a long context's, over and over
@@ -119,9 +120,11 @@ def compare_bundle(
     whole_rows = checkpoint.spec.spelt_attention
     if debug_dir is not None:
         _check_inside(debug_dir, executor, whole_rows=whole_rows)
-    stream, origin = token_stream(bundle, text, seed)
+    stream, origin = token_stream(bundle.folder, bundle.vocab_size, text, seed)
     weights = bundle.quantization
-    arithmetic, threshold = threshold_of(bundle.dtype, weights.name if weights else None)
+    arithmetic, threshold, inside = thresholds_of(
+        bundle.dtype, weights.name if weights else None, bundle.cache_dtype
+    )
     report = ParityReport(
         bundle=str(bundle.folder),
         reference=str(folder),
@@ -143,12 +146,22 @@ def compare_bundle(
         plain = Reference.of(model, None, None).exact
         unquantized = perplexity(plain.logits, stream, report.length)
     with _torch_threads(model):
-        sides = _sides(bundle, checkpoint, model, report)
+        sides = _sides(bundle, checkpoint, model, stream, report)
         size = sum(parameter.numel() for parameter in model.parameters())
         setups = make_setups(bundle, positions, stream, seed, size, made_up=not whole_rows)
         held = _made_up(sides, stream, min(_HELD, positions), bundle.dtype)
         run = _Run(
-            bundle, sides, threshold, held, setups, onnxruntime, executor, threads, report, progress
+            bundle,
+            sides,
+            threshold,
+            inside,
+            held,
+            setups,
+            onnxruntime,
+            executor,
+            threads,
+            report,
+            progress,
         )
         run.compare()
         run.generate(stream, unquantized)
@@ -195,6 +208,7 @@ class _Run:
     bundle: Bundle
     sides: Reference
     threshold: Threshold
+    inside: Threshold  # of what layers make, where caches are given
     held: GroupKV
     setups: tuple[Setup, Setup]  # near and far
     onnxruntime: type[OnnxRuntimeExecutor]
@@ -291,8 +305,8 @@ class _Run:
 
     def _steps(self, executor: MarkedExecutor, case: Case) -> tuple[list[Difference], list[Call]]:
         calls = run_marked(executor, case, self.held)
-        layout, sides, threshold = self.bundle.layout, self.sides, self.threshold
-        return list(differences(calls, layout, sides, threshold, case, self.held)), calls
+        layout, sides = self.bundle.layout, self.sides
+        return list(differences(calls, layout, sides, self.inside, case, self.held)), calls
 
     def _leave(self, folder: Path, setup: Setup, case: Case) -> None:
         """Write the call that went wrong to a folder."""
@@ -355,7 +369,11 @@ class _Run:
 
 
 def _sides(
-    bundle: Bundle, checkpoint: Checkpoint, model: Decoder, report: ParityReport
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    model: Decoder,
+    stream: Sequence[int],
+    report: ParityReport,
 ) -> Reference:
     """Both sides, with the weights that the bundle's stand for; faults go into the report."""
     reading = read_bundle(bundle, model)
@@ -365,10 +383,12 @@ def _sides(
     if bundle.dtype != "float32":
         rounded = load_model(checkpoint, getattr(torch, bundle.dtype))
         use_quantized(rounded, reading)
+    scales, faults = find_scales(bundle, model, stream)
+    report.faults += faults
     how, experts = bundle.quantization, bundle.manifest.get("experts")
     quantized = isinstance(experts, dict) and experts["operator"] == "QMoE"
     rounds_experts = quantized and how is not None and how.bits == _INT8
-    return Reference.of(model, rounded, how, rounds_experts=rounds_experts)
+    return Reference.of(model, rounded, how, scales, rounds_experts=rounds_experts)
 
 
 @contextmanager
@@ -414,11 +434,14 @@ def _made_up(sides: Reference, stream: Sequence[int], count: int, dtype: str) ->
     """Keys and values of some tokens, as the bundle's dtype holds them, in float32; see `Side`."""
     tokens = np.resize(np.asarray(stream, np.int64), count)
     kind = getattr(torch, dtype)
+    groups = sides.exact.forward(tokens)[1]
+    if sides.native.scales is not None:
+        return made_up(groups, sides.native.scales)
 
     def stored(part: np.ndarray) -> np.ndarray:
         return torch.from_numpy(part).to(kind).float().numpy()
 
-    return [(stored(key), stored(value)) for key, value in sides.exact.forward(tokens)[1]]
+    return [(stored(key), stored(value)) for key, value in groups]
 
 
 def _tools(executor: Executor | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from cla_export.bundle import Bundle
-from cla_export.compare.probe import Key
+from cla_export.compare.probe import CACHES, Key
 from cla_export.compare.report import ROLES
 from cla_export.compare.routing import ROUTER, routes_of
 from cla_export.compare.runners import cache_rows
@@ -95,8 +95,12 @@ class MarkedExecutor(OnnxRuntimeExecutor):
             for row in range(len(counts))
         )
         ends = (starts + counts).tolist()
-        for row, values in enumerate(rows):
-            chosen = routes_of(self, first + row, int(starts[row]), ends[row])
+        caches = tuple(cache_rows(self, first + row, 0, end) for row, end in enumerate(ends))
+        if self.scales is not None:  # attention reads what they hold, which is not what went in
+            for row, start, held in zip(rows, starts, caches, strict=True):
+                row.update(self._held_of(held, int(start)))
+        for i, values in enumerate(rows):
+            chosen = routes_of(self, first + i, int(starts[i]), ends[i])
             values |= {(layer, ROUTER): experts for layer, experts in chosen.items()}
         call = Call(
             first,
@@ -105,10 +109,19 @@ class MarkedExecutor(OnnxRuntimeExecutor):
                 tuple(ids[:count].tolist()) for ids, count in zip(input_ids, counts, strict=True)
             ),
             rows,
-            tuple(cache_rows(self, first + row, 0, end) for row, end in enumerate(ends)),
+            caches,
         )
         self.calls.append(call)
         return logits
+
+    def _held_of(self, caches: list[NDArray[np.float32]], start: int) -> Row:
+        """The caches' roles, from place `start` on."""
+        roles = CACHES.values()
+        return {
+            (group.owner, role): held[start:].reshape(len(held) - start, -1)
+            for group in self.layout.groups
+            for role, held in zip(roles, caches[2 * group.index : 2 * group.index + 2], strict=True)
+        }
 
     def _inputs(
         self,
@@ -174,7 +187,7 @@ def _around(node: ir.Node, scattered: set[ir.Value]) -> dict[str, ir.Value]:
     q, key, value = node.inputs[:3]
     new: list[ir.Value | None] = []
     if node.op_type == "GroupQueryAttention":
-        new = [key, value] if len(node.outputs) > 1 else []
+        new = [key, value] if any(made.is_graph_output() for made in node.outputs[1:]) else []
     else:
         for present in (key, value):
             scatter = present.producer() if present is not None else None

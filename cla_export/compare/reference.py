@@ -2,6 +2,7 @@
 
     exact       in float64, on the very values that the bundle's weights stand for
     native      in the bundle's own arithmetic: its dtype, its rounding of activations
+                and with int8 caches, keys and values as those hold them
     reordered   likewise, with the sums of all linear layers in other orders, and in 16 bits with
                 attention's scores rounded to them, as some runtimes do
 
@@ -14,7 +15,7 @@ small one is there in float64 too; of a large one, weights are widened one modul
 that module runs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from cla_export.compare.routing import Follow, Routes
+from cla_export.kv_scales import LEAST, MOST, Scales
+from cla_export.layout import KVLayout
 from cla_export.models.decoder import KV, Decoder, KVCache
 from cla_export.quantization import Quantization
 
@@ -44,6 +47,7 @@ class Side:
 
     model: Decoder
     arithmetic: Callable[[Decoder], AbstractContextManager[None]]
+    scales: Sequence[Scales] | None = None  # of int8 caches, which keys and values are rounded to
 
     @torch.inference_mode()
     def forward(
@@ -66,10 +70,10 @@ class Side:
         ids = torch.from_numpy(tokens)[None]
         positions = torch.arange(start, start + len(tokens))[None]
         with self.arithmetic(self.model):
-            if held is None:
+            if held is None and self.scales is None:
                 logits, groups = self.model.forward_with_kv(ids, positions)
             else:
-                cache = _Held(held)
+                cache = _Held(held or _nothing(self.model.spec.layout), self.scales)
                 logits, groups = self.model(ids, positions, cache), cache.groups
         return _exact(logits[0]), [(_tokens_first(k), _tokens_first(v)) for k, v in groups]
 
@@ -101,6 +105,7 @@ class Reference:
         model: Decoder,
         rounded: Decoder | None,
         quantization: Quantization | None,
+        scales: Sequence[Scales] | None = None,
         *,
         rounds_experts: bool = False,
     ) -> "Reference":
@@ -121,7 +126,9 @@ class Reference:
             exact = Side(deepcopy(model).double(), lambda _: nullcontext())
         own = rounded or model
         return cls(
-            exact, Side(own, rounding), tuple(Side(own, reordering(part)) for part in _PARTS)
+            exact,
+            Side(own, rounding, scales),
+            tuple(Side(own, reordering(part), scales) for part in _PARTS),
         )
 
 
@@ -292,13 +299,17 @@ def _rounded(x: Tensor, block: int) -> Tensor:
 
 
 class _Held:
-    """A KVCache of one row that holds made-up tokens before the row's own."""
+    """A KVCache of one row that holds made-up tokens, or none, before the row's own."""
 
-    def __init__(self, held: GroupKV) -> None:
+    def __init__(self, held: GroupKV, scales: Sequence[Scales] | None) -> None:
         self._held = held
+        self._scales = scales
         self.groups: list[KV] = []  # what came since
 
     def update(self, group: int, key: Tensor, value: Tensor) -> KV:
+        if self._scales is not None:
+            of_keys, of_values = self._scales[group]
+            key, value = _as_int8(key, of_keys), _as_int8(value, of_values)
         self.groups.append((key, value))
         old = (torch.from_numpy(part).transpose(0, 1)[None] for part in self._held[group])
         whole = [torch.cat((a.to(b.dtype), b), 2) for a, b in zip(old, (key, value), strict=True)]
@@ -308,6 +319,18 @@ class _Held:
         distance = position_ids[:, None, :, None] - torch.arange(int(position_ids.max()) + 1)
         allowed = distance >= 0
         return allowed if window is None else allowed & (distance < window)
+
+
+def _nothing(layout: KVLayout) -> GroupKV:
+    """Keys and values of no tokens."""
+    empty = [np.zeros((0, group.kv_heads, group.head_dim)) for group in layout.groups]
+    return list(zip(empty, empty, strict=True))
+
+
+def _as_int8(value: Tensor, scale: NDArray[np.float32]) -> Tensor:
+    """What an int8 cache holds of [1, H, S, D]."""
+    step = torch.from_numpy(scale).to(value.dtype)
+    return (value / step).round().clamp(LEAST, MOST) * step
 
 
 def _exact(value: Tensor) -> Exact:

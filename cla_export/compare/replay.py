@@ -6,7 +6,7 @@ tolerance that each layer takes in each call is the map that the report draws.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -23,8 +23,13 @@ from cla_export.compare.routing import ROUTER, routed
 from cla_export.compare.runners import ExecutorRunner, fill_with_garbage, held_before
 from cla_export.compare.thresholds import Threshold
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
+from cla_export.kv_scales import LEAST, MOST, Scales
 from cla_export.layout import KVLayout
 
+_HALF = 0.5 * (
+    1 + 2.0**-15
+)  # of a step: the quotient that is rounded has 24 bits, 7 of them before
+# the point
 _ENOUGH = 32  # tokens whose mean error says something
 
 
@@ -82,17 +87,20 @@ class Episode:
         row, forced = np.array(self.tokens, np.int64), self.whole()
         forced = {key: value for key, value in forced.items() if np.isfinite(value).all()}
         routes = {layer: forced.pop((layer, ROUTER)) for layer, role in [*forced] if role == ROUTER}
+        side = reference.exact
         self.expected, self.sensitivity = torch_tensors(
-            reference.exact, row, forced, before, routes=routes, feel=True
+            side, row, forced, before, routes=routes, feel=True
         )
-        self.natives = [
-            torch_tensors(side, row, forced, before, routes=routes)[0]
-            for side in reference.yardstick
-        ]
+        sides = [replace(side, scales=None) for side in reference.yardstick]  # caches are given
+        self.natives = [torch_tensors(s, row, forced, before, routes=routes)[0] for s in sides]
         for role, cache in CACHES.items():
             for layer in [layer for layer, found in self.expected if found == role]:
                 own = forced.get((layer, role))
                 exact = self.expected[layer, role] if own is None else own.astype(np.float64)
+                if (scales := reference.native.scales) is not None:
+                    group = reference.exact.model.spec.layout.group_of(layer)
+                    step = _step(scales[group], cache)
+                    exact = exact.clip(LEAST * step, MOST * step)
                 for tensors in (self.expected, *self.natives):
                     tensors[layer, cache] = exact
 
@@ -131,7 +139,11 @@ def differences(
     case: Case,
     held: GroupKV,
 ) -> Iterator[Difference]:
-    """Every comparison, in the order that values are computed."""
+    """Every comparison, in the order that values are computed.
+
+    What an int8 cache holds may be half a step from what it was given: only more is an error.
+    """
+    scales = reference.native.scales
     for number, (call, episodes) in enumerate(zip(calls, episodes_of(calls, case), strict=True)):
         for episode in episodes:
             if not episode.expected:
@@ -153,6 +165,9 @@ def differences(
                     got, expected = _choice(got, expected)
                     tolerance *= 2  # each of two scores may be off
                 error = np.abs(got - expected)
+                if scales is not None and role in CACHES.values():
+                    error -= _rounding(scales[layout.group_of(layer)], role)
+                    error = error.clip(0)  # NaN stays
                 error[~np.isfinite(error)] = np.inf
                 yield Difference(
                     call=number,
@@ -202,6 +217,16 @@ def episodes_of(calls: list[Call], case: Case) -> list[list[Episode]]:
             row_episodes.append(episode)
         found.append(row_episodes)
     return found
+
+
+def _step(scales: Scales, role: str) -> NDArray[np.float64]:
+    """Of an int8 cache, by channel, [Hkv * D]."""
+    return scales[list(CACHES.values()).index(role)].astype(np.float64).ravel()
+
+
+def _rounding(scales: Scales, role: str) -> NDArray[np.float64]:
+    """How far what an int8 cache holds may be from what it was given, by channel."""
+    return _step(scales, role) * _HALF
 
 
 def _got(

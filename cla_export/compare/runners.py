@@ -25,7 +25,7 @@ from cla_export.compare.routing import Routes, routes_of
 from cla_export.engines.executor import Executor
 from cla_export.layout import KVLayout
 
-_LOUD = 16.0  # times as large; a power of two rounds nothing
+LOUD = 16.0  # times as large; a power of two rounds nothing
 _EDGE = 8  # places, as many as a row has tokens
 Outputs = OrderedDict[str, NDArray[np.floating]]
 
@@ -188,7 +188,7 @@ def held_before(kv: GroupKV, length: int, layout: KVLayout) -> GroupKV | None:
     if not length:
         return None
     return [
-        (_repeat(key, length, 0, None), _repeat(value, length, _LOUD, group.window))
+        (_repeat(key, length, 0, None), _repeat(value, length, LOUD, group.window))
         for (key, value), group in zip(kv, layout.groups, strict=True)
     ]
 

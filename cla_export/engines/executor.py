@@ -29,6 +29,7 @@ class Executor(Protocol):
     capacity: int  # tokens a slot can hold
     slots: int
     vocab_size: int
+    reads_rows_at_once: bool  # whether several rows of prefill_rows take less time than one by one
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int, keep: int = 1) -> Logits:
         """Append a chunk of tokens to a slot that holds `start`; logits [keep, V] of its last."""
@@ -53,6 +54,7 @@ class PooledExecutor(ABC):
     """Checks rows and arranges them as a batch; a runtime implements the rest."""
 
     backend: str
+    reads_rows_at_once = True
 
     def __init__(self, layout: KVLayout, capacity: int, slots: int, vocab_size: int) -> None:
         if capacity < 1 or slots < 1:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cla_export.bundle import GRAPH, Bundle
+from cla_export.bundle import GRAPH, MANIFEST, Bundle
 from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor, capacity_of
-from cla_export.errors import BadInput, MissingEnvironment, RunError
+from cla_export.errors import BadInput, BundleError, MissingEnvironment, RunError
+from cla_export.kv_scales import from_int8, read_scales, to_int8
 from cla_export.layout import KVLayout
 from cla_export.plugin import compile_cpu
 from cla_export.rewrite.keep_last_logits import KEEP
@@ -66,20 +67,35 @@ class OnnxRuntimeExecutor(PooledExecutor):
         self.graph, library = graph_of(bundle, stock=stock)
         self._ort, self._session = _open(self.graph, threads, change, library)
         self._by_mask = bundle.target == "onnxruntime" and self.graph == bundle.graph
-        self._pools = _empty_pools(self.layout, slots, capacity, np.dtype(_NUMPY[bundle.dtype]))
+        narrow = bundle.cache_dtype == "int8"
+        self.scales = read_scales(self.graph, self.layout) if narrow else None
+        kind = np.dtype(np.int8 if narrow else _NUMPY[bundle.dtype])
+        self._pools = _empty_pools(self.layout, slots, capacity, kind)
         self._views: dict[tuple[int, int], list[tuple[str, Any]]] = {}
+        self._check_caches()
 
     def cache(self, group: int) -> Cache:
         """The group's pools themselves, [slots, Hkv, C, D]."""
         return self._pools[group]
 
     def read(self, group: int, slot: int) -> Cache:
-        keys, values = self._pools[group]
-        return keys[slot], values[slot]
+        """As `Executor.read`: the pool itself, or what an int8 one stands for, in float32."""
+        keys, values = (pool[slot] for pool in self._pools[group])
+        if self.scales is None:
+            return keys, values
+        return from_int8(keys, self.scales[group][0]), from_int8(values, self.scales[group][1])
 
     def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
+        if self.scales is not None:
+            of_keys, of_values = self.scales[group]
+            keys, values = to_int8(keys, of_keys), to_int8(values, of_values)
         for pool, new in zip(self._pools[group], (keys, values), strict=True):
             pool[slot, :, : new.shape[1]] = new
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        for pools in self._pools:
+            for pool in pools:
+                pool[target, :, :tokens] = pool[source, :, :tokens]
 
     def _run(
         self,
@@ -140,6 +156,26 @@ class OnnxRuntimeExecutor(PooledExecutor):
         width = int((starts + length).max())
         return {"attention_mask": (np.arange(width) < held[:, None]).astype(np.int64)}
 
+    def _check_caches(self) -> None:
+        """Raise BundleError if the graph has other caches than the layout says."""
+        ours = {
+            f"past_key_values.{group}.{part}": (pool.shape[1], pool.shape[3])
+            for group, pools in enumerate(self._pools)
+            for part, pool in zip(("key", "value"), pools, strict=True)
+        }
+        takes = {
+            value.name: (value.shape[1], value.shape[3])
+            for value in self._session.get_inputs()
+            if value.name.startswith("past_key_values.")
+        }
+        differ = sorted(ours.items() ^ takes.items())
+        if differ:
+            name = differ[0][0]
+            raise BundleError(
+                f"{self.graph}: {name} is {_heads(takes.get(name))}, and {_heads(ours.get(name))} "
+                f"by {MANIFEST}'s layout of {len(self.layout.groups)} groups; export it again"
+            )
+
     def _views_of(self, first: int, rows: int) -> list[tuple[str, Any]]:
         """Cache name -> OrtValue over the consecutive slots; aliases the pool, which we keep."""
         if (first, rows) not in self._views:
@@ -152,6 +188,10 @@ class OnnxRuntimeExecutor(PooledExecutor):
                 for part, pool in zip(("key", "value"), pools, strict=True)
             ]
         return self._views[first, rows]
+
+
+def _heads(shape: tuple[int, int] | None) -> str:
+    return "no input" if shape is None else f"{shape[0]} heads of {shape[1]}"
 
 
 def _empty_pools(

@@ -60,6 +60,8 @@ class TensorRTExecutor(PooledExecutor):
         MissingEnvironment: the flavour is not installed, or there is no GPU.
     """
 
+    reads_rows_at_once = False  # its prefill profile has one row
+
     def __init__(
         self,
         bundle: Bundle,

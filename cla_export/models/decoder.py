@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from cla_export.errors import GraphError
 from cla_export.layout import KVLayout
+from cla_export.models.capped_attention import capped_attention
 from cla_export.spec import ModelSpec
 
 KV = tuple[Tensor, Tensor]  # keys and values of one group, [B, Hkv, T, D] each
@@ -138,7 +139,7 @@ class _OverCaches(InFloat64):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        if func is F.scaled_dot_product_attention:
+        if func in (F.scaled_dot_product_attention, capped_attention):
             return self._attend(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -152,6 +153,7 @@ class _OverCaches(InFloat64):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,  # noqa: ARG002 (said by the heads)
+        softcap: float | None = None,
     ) -> Tensor:
         layer, layout = self.layer, self._layout
         self.layer += 1
@@ -165,6 +167,11 @@ class _OverCaches(InFloat64):
         if self._cache is not None:
             attn_mask = self._cache.mask(self._positions, layout.window[layer])
             is_causal = False
+        if softcap is not None:
+            assert scale is not None
+            return capped_attention(
+                query, *self.groups[group], attn_mask, scale=scale, softcap=softcap
+            )
         return F.scaled_dot_product_attention(
             query,
             *self.groups[group],

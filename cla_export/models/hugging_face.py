@@ -17,8 +17,9 @@ from transformers.initialization import no_init_weights
 
 from cla_export.errors import BadInput
 from cla_export.layout import layout_from_config
+from cla_export.models import hugging_face_attention, hugging_face_experts
 from cla_export.models.decoder import StatelessDecoder
-from cla_export.models.hugging_face_experts import IMPLEMENTATION, routed
+from cla_export.models.hugging_face_experts import routed
 from cla_export.models.hugging_face_weights import stored_as
 from cla_export.models.without_data import parameters_without_data
 from cla_export.spec import ModelSpec
@@ -183,8 +184,8 @@ def _model_of(config: Any) -> Any:  # noqa: ANN401
     try:
         model = auto.from_config(
             config,
-            attn_implementation="sdpa",
-            experts_implementation=IMPLEMENTATION,
+            attn_implementation=hugging_face_attention.implementation(config),
+            experts_implementation=hugging_face_experts.IMPLEMENTATION,
             dtype=torch.float32,
         )
     except (ValueError, TypeError, AttributeError) as error:

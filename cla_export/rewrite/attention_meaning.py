@@ -210,12 +210,12 @@ def _random(spelt: Spelt, length: int, size: float) -> tuple[Array, Array, Array
 
 def _scale_and_softcap(run: _Run, window: int | None) -> tuple[float, float]:
     """From what a query makes of two keys; rounded to what the module must have meant."""
-    scale = _slope(run, 0.05)
+    capped = "Tanh" in _operators_above(run.spelt.softmax.inputs[0], inner_values(run.spelt))
+    scale = _slope(run, 0.01 if capped else 0.05)  # a tanh is straight near zero only
     numbers = _numbers(run.spelt)
     meant = {1.0, run.spelt.query.dim**-0.5, 1.0 / run.spelt.query.dim}
     meant |= {a * b for a, b in combinations_with_replacement({1.0, *numbers}, 2)}
     meant |= {a / b for a in {1.0, *numbers} for b in numbers}
-    capped = "Tanh" in _operators_above(run.spelt.softmax.inputs[0], inner_values(run.spelt))
     near = min(meant, key=lambda candidate: abs(candidate - scale))
     if abs(near - scale) <= (_BENT if capped else _SAME_SCALE) * abs(scale):
         scale = near

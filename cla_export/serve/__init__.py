@@ -10,8 +10,10 @@ Up to here nothing knows of HTTP, and the packages of the extra `serve` are not 
 
     streams      outputs find the request that waits for them, in the event loop
     bodies       what clients send              answers    what they get
-    handlers     from one to the other          events     server-sent events
+    intake       from a body to requests        events     server-sent events
+    handlers     from bodies to answers
     gate         keys, sizes, ids               errors     statuses and bodies
     app, page    routes                         chat       templates
-    metrics, watchdog, pool (its size), server (the process)
+    metrics, watchdog, pool (its size), server (a bundle becomes an application)
+    door         what answers while it loads    process    from the open port to the exit code
 """

@@ -12,15 +12,17 @@ from starlette.exceptions import HTTPException
 
 import cla_export
 from cla_export.errors import BadInput
-from cla_export.serve import handlers
+from cla_export.serve import handlers, schema
 from cla_export.serve.answers import model_card
 from cla_export.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from cla_export.serve.engine import State
 from cla_export.serve.errors import ApiError
 from cla_export.serve.events import EventStream
 from cla_export.serve.handlers import Job, Service
+from cla_export.serve.intake import from_fault
 from cla_export.serve.metrics import Metrics
 from cla_export.serve.requests import DEAD
+from cla_export.serve.streams import Streams
 from cla_export.serve.watchdog import keep_watch
 
 
@@ -50,38 +52,44 @@ def create_app(served: Served) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.metrics = metrics
+    generic = app.openapi
+    app.openapi = lambda: schema.document(generic(), model.name)  # type: ignore[method-assign]
+    app.state.metrics, app.state.streams = metrics, streams
     _tell_errors(app, metrics)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=schema.answered(schema.CompletionAnswer, stream=True))
     async def completions(body: CompletionBody, request: Request) -> Response:
         _check_model(body.model)
         return await _answer(
             await handlers.start_completion(service, body, _tenant(request)), request
         )
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=schema.answered(schema.ChatAnswer, stream=True))
     async def chat(body: ChatBody, request: Request) -> Response:
         _check_model(body.model)
         return await _answer(await handlers.start_chat(service, body, _tenant(request)), request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=schema.ModelList, responses=schema.errors())
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model_card(model)]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get(
+        "/v1/models/{name:path}", response_model=schema.ModelCard, responses=schema.errors(404)
+    )
     async def one_model(name: str) -> dict[str, Any]:
         _check_model(name)
         return dict(model_card(model))
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=schema.TokenizeAnswer, responses=schema.errors(400, 404))
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         _check_model(body.model)
         _check_tokenizer()
         tokens = model.encode(body.prompt, add_special_tokens=body.add_special_tokens)
         return {"count": len(tokens), "max_model_len": model.capacity, "tokens": tokens}
 
-    @app.post("/detokenize")
+    @app.post(
+        "/detokenize", response_model=schema.DetokenizeAnswer, responses=schema.errors(400, 404)
+    )
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         _check_model(body.model)
         _check_tokenizer()
@@ -91,30 +99,17 @@ def create_app(served: Served) -> FastAPI:
             raise ApiError(400, message, param="tokens")
         return {"prompt": model.decode(body.tokens, skip_special_tokens=False)}
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Whether the process is worth keeping."""
-        engine = streams.engine
-        if engine.state == State.dead:
-            raise ApiError(503, engine.dead, code=DEAD)
-        if engine.stalled:
-            raise ApiError(503, "no step of the engine has ended for too long", code="stalled")
-        return {"status": "ok"}
+    _add_probes(app, streams)
 
-    @app.get("/ready")
-    async def ready() -> dict[str, str]:
-        """Whether new requests are taken."""
-        await health()
-        state = streams.engine.state
-        if state != State.ready:
-            raise ApiError(503, f"the engine is {state.value}", code="not_ready")
-        return {"status": state.value}
-
-    @app.get("/version")
+    @app.get("/version", response_model=schema.VersionAnswer, responses=schema.errors())
     async def version() -> dict[str, str]:
         return {"version": cla_export.__version__}
 
-    @app.get("/metrics")
+    @app.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        responses={200: schema.METRICS, **schema.errors()},
+    )
     async def scrape() -> Response:
         return PlainTextResponse(metrics.text(streams.engine), media_type=metrics.content_type)
 
@@ -132,6 +127,27 @@ def create_app(served: Served) -> FastAPI:
             raise ApiError(400, "this model has no tokenizer", code="no_tokenizer")
 
     return app
+
+
+def _add_probes(app: FastAPI, streams: Streams) -> None:
+    @app.get("/health", response_model=schema.StatusAnswer, responses=schema.errors())
+    async def health() -> dict[str, str]:
+        """Whether the process is worth keeping."""
+        engine = streams.engine
+        if engine.state == State.dead:
+            raise ApiError(503, engine.dead, code=DEAD)
+        if engine.stalled:
+            raise ApiError(503, "no step of the engine has ended for too long", code="stalled")
+        return {"status": "ok"}
+
+    @app.get("/ready", response_model=schema.StatusAnswer, responses=schema.errors())
+    async def ready() -> dict[str, str]:
+        """Whether new requests are taken."""
+        await health()
+        state = streams.engine.state
+        if state != State.ready:
+            raise ApiError(503, f"the engine is {state.value}", code="not_ready")
+        return {"status": state.value}
 
 
 def _tenant(request: Request) -> str:
@@ -169,22 +185,4 @@ def _tell_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> Response:
-        return tell(_from_validation(error))
-
-
-def _from_validation(error: RequestValidationError) -> ApiError:
-    """400 for a body that is not as it should be, by its first fault; never what was in it."""
-    fault = error.errors()[0]
-    place = [str(part) for part in fault["loc"] if part != "body"]
-    param, code = ".".join(place) or None, None
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {message}", code="invalid_json")
-    if fault["type"] in ("model_attributes_type", "missing") and not place:
-        message = "expected a JSON object, with content-type application/json"
-        return ApiError(400, f"the body: {message}", code="invalid_json")
-    if fault["type"] == "extra_forbidden":
-        code, message = "unsupported_parameter", "this server does not have this parameter"
-    elif param is None and ": " in message:  # fields that do not fit together name themselves
-        param, message = message.split(": ", 1)
-    return ApiError(400, f"{param}: {message}" if param else message, param=param, code=code)
+        return tell(from_fault(error.errors()[0]))  # the first

@@ -3,18 +3,57 @@
 A field that is not here is refused by its name, never ignored; null is the same as leaving it out.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Prompt = str | list[int]
 _STOPS = 16  # strings at most
+Schema = dict[str, Any]
+
+# What is taken before validators bring it into one form.
+_SOME_TEXT: Schema = {"type": "string", "minLength": 1}
+_IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_STOP: Schema = {"anyOf": [_SOME_TEXT, {"type": "array", "items": _SOME_TEXT, "maxItems": _STOPS}]}
+_PROMPT: Schema = {
+    "anyOf": [
+        _SOME_TEXT,
+        _IDS,
+        {"type": "array", "minItems": 1, "items": {"anyOf": [_SOME_TEXT, _IDS]}},
+    ]
+}
+_BIAS: Schema = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]+$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+
+
+def _as(schema: Schema) -> Callable[[Schema], None]:
+    """Say this of a field, in place of its type after validators."""
+
+    def change(field: Schema) -> None:
+        for key in ("type", "items", "additionalProperties"):
+            field.pop(key, None)
+        field.update(schema)
+
+    return change
+
+
+def _allow_nulls(schema: Schema) -> None:
+    """Say of every field that may be left out that it may be null."""
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get(
+            "anyOf", ()
+        ):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
 class Body(BaseModel):
     """Strict: a number in quotes is no number."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_allow_nulls)
 
     @model_validator(mode="before")
     @classmethod
@@ -51,9 +90,9 @@ class Generation(Extensions):
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: list[str] = []
+    stop: list[str] = Field([], json_schema_extra=_as(_STOP))
     seed: int | None = None
-    logit_bias: dict[str, float] = {}
+    logit_bias: dict[str, float] = Field({}, json_schema_extra=_as(_BIAS))
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     user: str | None = None  # who the client says it acts for; nothing depends on it
@@ -80,7 +119,7 @@ class Generation(Extensions):
 class CompletionBody(Generation):
     """POST /v1/completions."""
 
-    prompt: list[Prompt]
+    prompt: list[Prompt] = Field(json_schema_extra=_as(_PROMPT))
     max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False

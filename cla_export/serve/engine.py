@@ -32,7 +32,7 @@ class State(StrEnum):
     ready = "ready"  # takes it
     draining = "draining"  # refuses it; those that run go on
     stopped = "stopped"
-    dead = "dead"  # the executor failed for good
+    dead = "dead"  # the executor failed for good, or the thread
 
 
 class QueueFull(ClaExportError):
@@ -70,6 +70,7 @@ class Engine:
         tokenizer: the model's; None: outputs have no text.
         ends: the model's end tokens.
         chunk: prompt tokens of one prefill call.
+        prefill_seconds: as of `Scheduler`.
         limits: of the queue.
         observer: told of steps and ends, in the engine's thread.
         clock: seconds; only ever forward.
@@ -83,6 +84,7 @@ class Engine:
         tokenizer: "Tokenizer | None" = None,
         ends: frozenset[int] = frozenset(),
         chunk: int = CHUNK,
+        prefill_seconds: float | None = None,
         limits: Limits | None = None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -98,12 +100,15 @@ class Engine:
             for skip in (False, True)
         }
         self._ends = ends
-        self._scheduler = Scheduler(executor, clock, chunk=chunk, observer=observer)
+        self._scheduler = Scheduler(
+            executor, clock, chunk=chunk, prefill_seconds=prefill_seconds, observer=observer
+        )
         self._changed = threading.Condition()
-        self._state = State.ready  # this and the next four are the lock's
+        self._state = State.ready  # this and the next five are the lock's
         self._incoming: deque[Sequence] = deque()
         self._cancelled: set[int] = set()
         self._failure: Failure | None = None  # what ends all that run
+        self._died = ""  # why the thread ended before it was told to
         self._next = 0
         self._step_began: float | None = None
         self._queued_tokens = 0
@@ -121,8 +126,8 @@ class Engine:
 
     @property
     def dead(self) -> str:
-        """Why the executor was given up; empty while it was not."""
-        return self._scheduler.dead
+        """Why the executor was given up, or the thread has ended; empty while neither is so."""
+        return self._scheduler.dead or self._died
 
     @property
     def load(self) -> Load:
@@ -234,6 +239,15 @@ class Engine:
         return max(1, min(_LONGEST_WAIT, math.ceil(wanted)))
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # even an exit that a library asks for ends this thread
+            _log.exception("the engine's thread failed")
+            with self._changed:
+                self._died = f"its thread ended: {error!r}"
+                self._state = State.dead
+
+    def _loop(self) -> None:
         while True:
             with self._changed:
                 while not self._has_work():
@@ -256,10 +270,16 @@ class Engine:
 
     def _tick(self, cancelled: frozenset[int]) -> None:
         self._step_began = began = self.clock()
-        outputs = self._scheduler.tick(cancelled)
+        for outputs in self._scheduler.tick(cancelled):
+            self._note()
+            self._tell(outputs)
         self._step_began = None
         if self._scheduler.active:
             self._tick_seconds += 0.1 * (self.clock() - began - self._tick_seconds)
+        self._note()
+
+    def _note(self) -> None:
+        """Take over what the scheduler has come to, before anybody hears of it."""
         with self._changed:
             self._queued_tokens = sum(
                 sequence.request.total for sequence in (*self._incoming, *self._scheduler.waiting)
@@ -268,6 +288,8 @@ class Engine:
                 self._state = State.dead
                 message = f"the engine is dead: {self._scheduler.dead}"
                 self._failure = Failure(DEAD, message) if self._incoming else None
+
+    def _tell(self, outputs: Outputs) -> None:
         try:
             self.deliver(outputs)
         except Exception:  # whoever listens is gone; the others are not

@@ -25,14 +25,14 @@ _TYPES = {
     504: "timeout_error",
 }
 _NO_RETRY = {"x-should-retry": "false"}  # clients of OpenAI's retry any status of 500 and above
-_SOON = "5"  # seconds, where a restart is likely
+SOON = "5"  # seconds, where a restart is likely
 _FAILURES: Mapping[str, tuple[int, Mapping[str, str]]] = {
     TIMEOUT: (504, _NO_RETRY),
     BAD_LOGITS: (500, _NO_RETRY),
     STEP_FAILED: (500, {}),
-    DEAD: (503, {"retry-after": _SOON}),
-    STALLED: (503, {"retry-after": _SOON}),
-    SHUTDOWN: (503, {"retry-after": _SOON}),
+    DEAD: (503, {"retry-after": SOON}),
+    STALLED: (503, {"retry-after": SOON}),
+    SHUTDOWN: (503, {"retry-after": SOON}),
     CANCELLED: (499, {}),  # nobody is there to read it
 }
 
@@ -87,4 +87,4 @@ def from_refusal(error: QueueFull | NotReady) -> ApiError:
         headers = {"retry-after": str(error.retry_after)}
         return ApiError(429, str(error), code="queue_full", headers=headers)
     code = "engine_dead" if error.state == State.dead else "not_ready"
-    return ApiError(503, str(error), code=code, headers={"retry-after": _SOON})
+    return ApiError(503, str(error), code=code, headers={"retry-after": SOON})

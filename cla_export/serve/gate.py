@@ -4,9 +4,11 @@ import hashlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from cla_export.errors import BadInput
 from cla_export.serve.errors import ApiError
 
 Scope = MutableMapping[str, Any]
@@ -45,6 +47,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the same headers; what sends leaves the body out
         headers = {name.lower(): value for name, value in scope["headers"]}
         named = headers.get(b"x-request-id", b"")[:_ID_LENGTH] or uuid4().hex.encode()
 
@@ -116,6 +120,17 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return next_message
+
+
+def read_keys(file: Path) -> tuple[str, ...]:
+    """API keys, one a line; empty lines and those that begin with # are none. BadInput if none."""
+    if not file.is_file():
+        raise BadInput(f"{file}: no such file; expected API keys, one a line")
+    lines = map(str.strip, file.read_text(encoding="utf-8").splitlines())
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise BadInput(f"{file}: there is no API key in it; expected one a line")
+    return keys
 
 
 async def send_error(error: ApiError, send: Send) -> None:

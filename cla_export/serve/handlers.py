@@ -1,12 +1,10 @@
 """What the endpoints that generate do: a body becomes requests, their outputs an answer."""
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from cla_export.errors import BadInput
-from cla_export.sampling import SamplingParams
 from cla_export.serve.answers import (
     Answer,
     CompletionChoice,
@@ -22,12 +20,12 @@ from cla_export.serve.engine import NotReady, QueueFull
 from cla_export.serve.errors import ApiError, from_failure, from_refusal
 from cla_export.serve.events import DONE, event, watch
 from cla_export.serve.gate import Receive
+from cla_export.serve.intake import check_length, encode, make_request
 from cla_export.serve.model import ServedModel
 from cla_export.serve.requests import Output, Request
 from cla_export.serve.streams import Group, Streams
 
 _INLINE = 4000  # characters that are tokenized in the event loop; more go to a thread
-_SEEDS = 2**63
 Shape = Callable[[int, Output], Json]  # what an output of a choice looks like
 
 
@@ -38,6 +36,10 @@ class Service:
     model: ServedModel
     streams: Streams
     seconds: float
+
+    def deadline(self) -> float:
+        """When a request that comes now must have ended, by the engine's clock."""
+        return self.streams.engine.clock() + self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +62,16 @@ async def start_completion(service: Service, body: CompletionBody, tenant: str) 
     model = service.model
     prompts = [await _encode(model, prompt, body.add_special_tokens) for prompt in body.prompt]
     told = body.logprobs is not None and body.echo
+    deadline = service.deadline()
     requests = [
-        _request(
-            service,
+        make_request(
+            model,
             body,
             prompt,
             body.max_tokens,
-            choice,
-            tenant,
+            deadline,
+            choice=choice,
+            tenant=tenant,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if told else None,
         )
@@ -111,14 +115,16 @@ async def start_chat(service: Service, body: ChatBody, tenant: str) -> Job:
     prompt = await _encode(model, text, False)
     most = body.max_completion_tokens or body.max_tokens
     room = model.capacity - len(prompt)
+    deadline = service.deadline()
     requests = [
-        _request(
-            service,
+        make_request(
+            model,
             body,
             prompt,
             most or max(room, 1),
-            choice,
-            tenant,
+            deadline,
+            choice=choice,
+            tenant=tenant,
             logprobs=body.top_logprobs if body.logprobs else None,
         )
         for choice in range(body.n)
@@ -211,89 +217,14 @@ async def stream(job: Job, receive: Receive) -> AsyncIterator[bytes]:
 
 
 async def _encode(model: ServedModel, prompt: Prompt, add_special_tokens: bool) -> list[int]:
-    if not isinstance(prompt, str):
-        return list(prompt)
-    if model.tokenizer is None:
-        raise ApiError(
-            400,
-            "this model has no tokenizer; give prompts as token ids",
-            param="prompt",
-            code="no_tokenizer",
-        )
-
-    def encode() -> list[int]:
-        return model.encode(prompt, add_special_tokens=add_special_tokens)
-
-    return encode() if len(prompt) < _INLINE else await asyncio.to_thread(encode)
-
-
-def _request(
-    service: Service,
-    body: Generation,
-    prompt: list[int],
-    max_tokens: int,
-    choice: int,
-    tenant: str,
-    *,
-    logprobs: int | None,
-    prompt_logprobs: int | None = None,
-) -> Request:
-    clock = service.streams.engine.clock
-    if body.min_tokens > max_tokens:
-        raise ApiError(
-            400,
-            f"min_tokens is {body.min_tokens}, which is more than the {max_tokens} of max_tokens",
-            param="min_tokens",
-        )
-    too_large = [token for token in body.logit_bias if int(token) >= service.model.vocab_size]
-    if too_large:
-        raise ApiError(
-            400,
-            f"logit_bias has token id {too_large[0]}; expected 0 to {service.model.vocab_size - 1}",
-            param="logit_bias",
-        )
-    try:
-        sampling = SamplingParams(
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=max(body.top_k, 0),
-            min_p=body.min_p,
-            repetition_penalty=body.repetition_penalty,
-            presence_penalty=body.presence_penalty,
-            frequency_penalty=body.frequency_penalty,
-            logit_bias=tuple((int(token), bias) for token, bias in body.logit_bias.items()),
-            seed=secrets.randbelow(_SEEDS) if body.seed is None else body.seed,
-        )
-    except BadInput as error:
-        raise ApiError(400, str(error), param=str(error).split(maxsplit=1)[0]) from error
-    return Request(
-        prompt=tuple(prompt),
-        max_tokens=max_tokens,
-        sampling=sampling,
-        choice=choice,
-        stop=tuple(body.stop),
-        stop_tokens=frozenset(body.stop_token_ids),
-        ignore_eos=body.ignore_eos,
-        min_tokens=body.min_tokens,
-        skip_special_tokens=body.skip_special_tokens,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        stream=body.stream,
-        deadline=clock() + service.seconds,
-        tenant=tenant,
-    )
+    if isinstance(prompt, str) and len(prompt) >= _INLINE:
+        return await asyncio.to_thread(encode, model, prompt, add_special_tokens)
+    return encode(model, prompt, add_special_tokens)
 
 
 def _submit(service: Service, requests: list[Request], param: str) -> Group:
     for request in requests:
-        if request.prompt and request.total > service.model.capacity:
-            raise ApiError(
-                400,
-                f"the prompt has {len(request.prompt)} tokens and {request.max_tokens} are asked "
-                f"for, {request.total} together; this model's limit is {service.model.capacity}",
-                param=param if len(request.prompt) >= service.model.capacity else "max_tokens",
-                code="context_length_exceeded",
-            )
+        check_length(service.model, request, param)
     try:
         return service.streams.submit(requests)
     except (QueueFull, NotReady) as error:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cla_export.engines.executor import Logits
+from cla_export.kth_largest import kth_largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,7 @@ def logprob_of(logits: Logits, token: int, top: int = 0) -> TokenLogprob:
     top = min(top, len(logits))
     likeliest: tuple[tuple[int, float], ...] = ()
     if top:
-        border = np.partition(logits, -top)[-top]
-        ids = np.flatnonzero(logits >= border)
+        ids = np.flatnonzero(logits >= np.float32(kth_largest(logits, top)))
         ids = ids[np.argsort(-logits[ids], kind="stable")][:top]
         likeliest = tuple((int(i), float(logits[i]) - total) for i in ids)
     return TokenLogprob(token, float(logits[token]) - total, likeliest)

@@ -1,6 +1,6 @@
 """Metrics in Prometheus' text format. Names follow vLLM's, with our own prefix."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from cla_export.layout import KVLayout, bits
@@ -91,6 +91,15 @@ class Metrics:
 
     def text(self, engine: Engine) -> str:
         """Everything, as of now."""
+        self._look(engine)
+        return generate_latest(self._registry).decode()
+
+    def families(self, engine: Engine) -> list[Metric]:
+        """The same as data."""
+        self._look(engine)
+        return list(self._registry.collect())
+
+    def _look(self, engine: Engine) -> None:
         load = engine.load
         self._running.set(load.prefilling + load.decoding)
         self._waiting.set(load.waiting)
@@ -100,4 +109,3 @@ class Metrics:
             self._bytes.labels(str(group)).set(load.tokens * size)
         for state in State:
             self._state.labels(state.value).set(state == engine.state)
-        return generate_latest(self._registry).decode()

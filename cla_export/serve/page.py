@@ -11,6 +11,7 @@ from cla_export.layout import KVLayout, bits
 from cla_export.serve.engine import Engine
 from cla_export.serve.model import ServedModel
 from cla_export.serve.pool import PoolSize
+from cla_export.serve.schema import errors
 
 _FOLDER = Path(__file__).parents[1] / "data" / "serve"
 FILES = {
@@ -49,7 +50,7 @@ def add_page(
         "dense_slots": pool.dense_slots,
     }
 
-    @app.get("/status")
+    @app.get("/status", responses=errors())
     async def status() -> dict[str, Any]:
         """What is served, and what each slot holds now."""
         load = engine.load

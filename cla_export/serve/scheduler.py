@@ -5,12 +5,13 @@ Single-threaded, and knows nothing of queues' limits, threads or HTTP: the engin
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from cla_export.engines.executor import Executor, Logits
 from cla_export.sampling import choose
+from cla_export.serve.prefill_budget import PrefillBudget
 from cla_export.serve.requests import (
     BAD_LOGITS,
     CANCELLED,
@@ -19,6 +20,7 @@ from cla_export.serve.requests import (
     TIMEOUT,
     Failure,
     Output,
+    Request,
 )
 from cla_export.serve.sequence import Sequence
 from cla_export.serve.slots import Slots
@@ -69,6 +71,8 @@ class Scheduler:
         executor: owned from now on; what it holds is overwritten.
         clock: seconds; deadlines are by it.
         chunk: prompt tokens of one call. A slower executor wants fewer: the others wait for it.
+        prefill_seconds: that prompts may take of each round in which others decode, on average;
+            None: one call a round.
         observer: who is told.
     """
 
@@ -78,16 +82,18 @@ class Scheduler:
         clock: Callable[[], float],
         *,
         chunk: int = CHUNK,
+        prefill_seconds: float | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.executor = executor
         self.chunk = chunk
         self.waiting: deque[Sequence] = deque()
-        self.prefilling: Sequence | None = None
+        self.prefilling: list[Sequence] = []  # one, or several that one call reads
         self.active: list[Sequence] = []  # active[i] is in slot i
         self.generated = 0  # tokens, ever
         self.dead = ""  # why the executor was given up
         self._slots = Slots(executor, chunk)
+        self._budget = PrefillBudget(prefill_seconds)
         self._clock = clock
         self._observer = observer
         self._failures = 0  # in a row
@@ -95,7 +101,7 @@ class Scheduler:
 
     @property
     def load(self) -> Load:
-        running = [*self.active, *([self.prefilling] if self.prefilling else [])]
+        running = [*self.active, *self.prefilling]
         return Load(
             waiting=len(self.waiting),
             prefilling=len(running) - len(self.active),
@@ -110,34 +116,42 @@ class Scheduler:
         views = [SlotView("kept" if tokens else "free", tokens) for tokens in held]
         for sequence in list(self.active):
             views[sequence.slot] = SlotView("decoding", sequence.length)
-        reading = self.prefilling
-        if reading is not None and reading.slot >= 0:
-            views[reading.slot] = SlotView("prefilling", reading.length)
+        for reading in list(self.prefilling):
+            if reading.slot >= 0:
+                views[reading.slot] = SlotView("prefilling", reading.length)
         return views
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.prefilling or self.active)
 
-    def tick(self, cancelled: frozenset[int] = frozenset()) -> Outputs:
-        """One round: who leaves, who joins, one chunk of a prompt, one token for all others."""
-        self._outputs = []
+    def tick(self, cancelled: frozenset[int] = frozenset()) -> Iterator[Outputs]:
+        """One round: who leaves, one token for all, who joins, and a part of their prompts.
+
+        Outputs are yielded as they come; the round is done when there are no more.
+        """
         try:
             self._drop(cancelled)
-            self._admit()
-            self._prefill()
             self._decode()
+            if self._outputs:  # nobody waits for the others' prompts
+                yield self._told()
+            self._read_prompts()
         except Exception as error:  # not of a step: ours, or a copy between slots
             _log.exception("a tick failed")
             failure = Failure(STEP_FAILED, f"the engine failed: {error!r}")
             self._outputs += self.fail_all(failure, waiting=False)
             self._count_failure(error)
-        return self._outputs
+        if self._outputs:
+            yield self._told()
+
+    def _told(self) -> Outputs:
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
     def _drop(self, cancelled: frozenset[int]) -> None:
         """Let go of sequences that nobody waits for, or that took too long."""
         now = self._clock()
-        running = [*self.waiting, *([self.prefilling] if self.prefilling else []), *self.active]
+        running = [*self.waiting, *self.prefilling, *self.active]
         for sequence in reversed(running):
             deadline = sequence.request.deadline
             if sequence.number in cancelled:
@@ -146,15 +160,51 @@ class Scheduler:
                 where = f"{sequence.made} tokens" if sequence.made else "before its first token"
                 self._fail(sequence, Failure(TIMEOUT, f"the request's time was up ({where})"))
 
+    def _read_prompts(self) -> None:
+        """Read as much of prompts as the round has time for; one call if nobody decodes."""
+        self._budget.begin()
+        decoding = bool(self.active)
+        while self._budget.left or not decoding:
+            self._admit()
+            if not self.prefilling:
+                return
+            began = self._clock()
+            self._prefill()
+            self._budget.spend(self._clock() - began)
+            if not decoding:
+                return
+
     def _admit(self) -> None:
-        """Give a free slot to who waits longest; one prompt is read at a time."""
-        if self.prefilling or not self.waiting or len(self.active) == self.executor.slots:
+        """Give free slots to who waits longest: to one, or to several that one call can read.
+
+        That is at most a chunk, padding included, and only whole prompts shorter than a chunk: what
+        they leave is never reused, so a chunk that is was computed by itself (see `slots`).
+        """
+        if self.prefilling:
             return
-        sequence = self.waiting.popleft()
-        self.prefilling = sequence  # now: if the copy fails, it is known to be here
+        longest = 0
+        while self.waiting and len(self.active) + len(self.prefilling) < self.executor.slots:
+            request = self.waiting[0].request
+            longest = max(longest, len(request.prompt) if self._is_short(request) else self.chunk)
+            if self.prefilling and longest * (len(self.prefilling) + 1) > self.chunk:
+                return
+            self._place(self.waiting.popleft())
+
+    def _is_short(self, request: Request) -> bool:
+        """Whether a call may read its prompt together with others."""
+        return (
+            self.executor.reads_rows_at_once
+            and len(request.prompt) < self.chunk
+            and request.max_tokens > 0
+            and request.prompt_logprobs is None
+        )
+
+    def _place(self, sequence: Sequence) -> None:
+        """Give a sequence a slot."""
+        free = range(len(self.active) + len(self.prefilling), self.executor.slots)
+        self.prefilling.append(sequence)  # now: if the copy fails, it is known to be here
         reuse = sequence.request.prompt_logprobs is None
         prompt = sequence.request.prompt if reuse else ()
-        free = range(len(self.active), self.executor.slots)
         sequence.slot, sequence.cached = self._slots.take(prompt, sequence.request.tenant, free)
         sequence.length = sequence.cached
         sequence.admitted = self._clock()
@@ -162,10 +212,26 @@ class Scheduler:
             self._observer.admitted(sequence)
 
     def _prefill(self) -> None:
-        """Read one chunk of the prompt; after its last, the sequence joins the others."""
-        sequence = self.prefilling
-        if sequence is None:
+        """Read one chunk, or several prompts; sequences whose last it was join the others."""
+        rows = list(self.prefilling)
+        if len(rows) == 1:
+            self._read_chunk(rows[0])
             return
+        prompts = [sequence.request.prompt for sequence in rows]
+        logits = self._step(
+            "prefill",
+            rows,
+            sum(map(len, prompts)),
+            lambda: self.executor.prefill_rows(rows[0].slot, prompts),
+        )
+        if logits is None:
+            return
+        for sequence in rows:
+            sequence.length = len(sequence.request.prompt)
+            self._join(sequence)
+        self._sample(rows, logits)
+
+    def _read_chunk(self, sequence: Sequence) -> None:
         request, start = sequence.request, sequence.length
         piece = request.prompt[start : start + self.chunk]
         keep = 1 if request.prompt_logprobs is None else len(piece)
@@ -253,7 +319,8 @@ class Scheduler:
 
     def _join(self, sequence: Sequence) -> None:
         """Move a sequence whose prompt was read to the end of the active ones."""
-        target, self.prefilling = len(self.active), None
+        target = len(self.active)
+        self.prefilling.remove(sequence)
         self.active.append(sequence)
         if sequence.slot != target:
             source, sequence.slot = sequence.slot, target
@@ -263,8 +330,8 @@ class Scheduler:
         """Take a sequence out; the last active one moves into its place."""
         if self._observer:
             self._observer.ended(sequence, reason)
-        if sequence is self.prefilling:
-            self.prefilling = None
+        if sequence in self.prefilling:
+            self.prefilling.remove(sequence)
         elif sequence.slot < 0:
             self.waiting.remove(sequence)
         else:
@@ -274,8 +341,8 @@ class Scheduler:
                 self._slots.move(len(self.active), hole, last.length, self._free())
 
     def _free(self) -> list[int]:
-        busy = self.prefilling.slot if self.prefilling else -1
-        return [s for s in range(len(self.active), self.executor.slots) if s != busy]
+        busy = {sequence.slot for sequence in self.prefilling}
+        return [s for s in range(len(self.active), self.executor.slots) if s not in busy]
 
     def _fail(self, sequence: Sequence, failure: Failure) -> None:
         self._outputs.append((sequence.number, sequence.fail(failure)))
@@ -285,8 +352,8 @@ class Scheduler:
 
     def fail_all(self, failure: Failure, *, waiting: bool = True) -> Outputs:
         """End every sequence, with or without those that wait; what slots hold is given up."""
-        running = [*self.active, *([self.prefilling] if self.prefilling else [])]
-        self.active, self.prefilling = [], None
+        running = [*self.active, *self.prefilling]
+        self.active, self.prefilling = [], []
         if waiting:
             running += self.waiting
             self.waiting.clear()

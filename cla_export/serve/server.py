@@ -1,12 +1,6 @@
-"""The server process: a bundle is opened, served, and let go of without dropping anybody."""
+"""What is served, and how: options are checked, a bundle is opened, an application made of it."""
 
-import asyncio
-import logging
-import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +8,7 @@ from typing import TYPE_CHECKING
 from cla_export.bundle import Bundle, open_bundle
 from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.executor import Executor, capacity_of
-from cla_export.engines.opening import backend_of, open_executor
+from cla_export.engines.opening import backend_of, cache_dtype, open_executor
 from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.environment import memory
 from cla_export.errors import BadInput, MissingEnvironment
@@ -27,11 +21,9 @@ from cla_export.serve.scheduler import CHUNK
 from cla_export.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    import uvicorn
     from fastapi import FastAPI
 
 _HERE = ("127.0.0.1", "localhost", "::1")
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +38,7 @@ class Options:
     kv_memory: int | None = None
     max_len: int | None = None  # tokens of a slot; None: the model's positions
     chunk: int = CHUNK
+    prefill_seconds: float | None = None  # as of `Scheduler`
     threads: int | None = None
     name: str | None = None  # that clients call the model; None: the bundle's folder
     keys: tuple[str, ...] = ()
@@ -67,6 +60,11 @@ class Opened:
     model: ServedModel
     executor: Executor
     pool: PoolSize
+
+    @property
+    def cache_dtype(self) -> str:
+        """Dtype of the pool."""
+        return cache_dtype(self.bundle, self.executor.backend)
 
 
 def check_options(options: Options) -> None:
@@ -90,6 +88,10 @@ def check_options(options: Options) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise BadInput(f"{name} is {number}; expected at least 1")
+    if options.prefill_seconds is not None and not options.prefill_seconds > 0:
+        raise BadInput(
+            f"--prefill-budget is {1e3 * options.prefill_seconds:g} ms; expected more than 0"
+        )
     try:
         import fastapi  # noqa: F401
         import jinja2  # noqa: F401
@@ -116,7 +118,8 @@ def open_model(folder: Bundle | Path | str, options: Options) -> Opened:
             "how many of its slots to use with --slots, or build it again"
         )
     capacity = capacity_of(bundle, options.max_len)
-    pool = size_pool(bundle.layout, bundle.dtype, capacity, options.slots, options.kv_memory)
+    dtype = cache_dtype(bundle, backend)
+    pool = size_pool(bundle.layout, dtype, capacity, options.slots, options.kv_memory)
     room = memory()
     if room is not None and pool.total > room and not onnxruntime_cuda.takes(bundle) and not fixed:
         raise _no_room(pool)
@@ -131,7 +134,7 @@ def open_model(folder: Bundle | Path | str, options: Options) -> Opened:
         )
     except MemoryError as error:
         raise _no_room(pool) from error
-    pool = size_pool(bundle.layout, bundle.dtype, executor.capacity, executor.slots, None)
+    pool = size_pool(bundle.layout, dtype, executor.capacity, executor.slots, None)
     model = ServedModel(
         name=options.name or bundle.folder.resolve().name,
         created=int(time.time()),
@@ -161,108 +164,18 @@ def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
     from cla_export.serve.streams import Streams
 
     bundle, model = opened.bundle, opened.model
-    metrics, streams = Metrics(model.name, bundle.layout, bundle.dtype), Streams()
+    metrics, streams = Metrics(model.name, bundle.layout, opened.cache_dtype), Streams()
     streams.engine = Engine(
         opened.executor,
         streams.deliver,
         tokenizer=model.tokenizer,
         ends=end_tokens(bundle.folder),
         chunk=options.chunk,
+        prefill_seconds=options.prefill_seconds,
         limits=options.limits,
         observer=metrics,
     )
     service = Service(model, streams, options.request_seconds)
     app = create_app(Served(service, metrics))
-    add_page(app, model, streams.engine, bundle.layout, bundle.dtype, opened.pool)
+    add_page(app, model, streams.engine, bundle.layout, opened.cache_dtype, opened.pool)
     return app, streams.engine
-
-
-def serve(opened: Opened, options: Options, announce: Callable[[str], None]) -> int:
-    """Serve until told to stop; the process's exit code.
-
-    SIGTERM or SIGINT drains: new requests are refused, those that run may finish for
-    `shutdown_seconds`, then end with an error. A second signal stops at once.
-
-    Args:
-        opened: what is served.
-        options: how.
-        announce: called with the address once requests are taken.
-    """
-    import uvicorn
-
-    from cla_export.serve.gate import Gate
-
-    app, engine = create_server(opened, options)
-    refused = app.state.metrics.refused
-    config = uvicorn.Config(
-        Gate(app, options.keys, options.most_body, refused),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-        ssl_certfile=options.certificate,
-        ssl_keyfile=options.private_key,
-    )
-    server = _server(config)
-    try:
-        listening = socket.create_server((options.host, options.port))
-    except OSError as error:
-        raise BadInput(
-            f"--host {options.host} --port {options.port}: cannot listen there ({error.strerror})"
-        ) from error
-    scheme = "http" if options.certificate is None else "https"
-    address = f"{scheme}://{options.host}:{listening.getsockname()[1]}"
-    engine.start()
-    return asyncio.run(
-        _run(server, engine, listening, options.shutdown_seconds, lambda: announce(address))
-    )
-
-
-async def _run(
-    server: "uvicorn.Server",
-    engine: Engine,
-    listening: socket.socket,
-    seconds: float,
-    announce: Callable[[], None],
-) -> int:
-    loop, told = asyncio.get_running_loop(), asyncio.Event()
-    code = 0
-
-    def stop() -> None:
-        nonlocal code
-        if told.is_set():
-            code = _INTERRUPTED
-            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of what is cut short
-            server.should_exit = server.force_exit = True
-        engine.drain()
-        told.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
-    announce()
-    waiting = asyncio.create_task(told.wait())
-    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    ends = loop.time() + seconds
-    while not server.force_exit and not engine.idle and loop.time() < ends:
-        await asyncio.sleep(0.02)
-    engine.stop(0.0 if server.force_exit else 2.0)
-    await asyncio.sleep(0)  # the last outputs are on their way
-    server.should_exit = True
-    await serving
-    return code
-
-
-def _server(config: "uvicorn.Config") -> "uvicorn.Server":
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        """Leaves signals to us: uvicorn would refuse connections before anybody has noticed."""
-
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
-
-    return Server(config)

@@ -1,7 +1,7 @@
 """Who is in which slot, and what a slot holds that a later prompt may reuse.
 
 Active sequences, those that decode, are in slots 0..n-1: a step runs on consecutive slots. Behind
-them one slot may be prefilling, the others are free, and keep what they hold.
+them one slot may be prefilling, or several at once, the others are free, and keep what they hold.
 
 What can be reused is a prompt's first tokens in whole chunks. A chunk begins at a multiple of the
 chunk size whatever was reused, so the calls that compute a prompt's cache, and with them its bits,

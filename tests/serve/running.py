@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -26,35 +28,49 @@ PATIENCE = 60  # seconds that a test waits for what should be there at once
 
 
 class ServerProcess:
-    """`cla-export serve` on a free port."""
+    """`cla-export serve` on a free port.
 
-    def __init__(self, bundle: Path, *arguments: object) -> None:
-        command = [sys.executable, "-m", "cla_export.cli", "serve", str(bundle), "--port", "0"]
+    Args:
+        bundle: what is served.
+        arguments: of the command.
+        fault: of the executor, one of `faulty_command.FAULTS`, and the file that it waits for.
+        loading: do not wait for the model to be loaded.
+        through: a command that runs the server's.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        *arguments: object,
+        fault: tuple[str, Path] | None = None,
+        loading: bool = False,
+        through: Sequence[str] = (),
+    ) -> None:
+        module = ["-m", "cla_export.cli"]
+        if fault is not None:
+            module = [str(Path(__file__).with_name("faulty_command.py")), *map(str, fault)]
+        command = [*through, sys.executable, *module, "serve", str(bundle), "--port", "0"]
+        self._log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
         began = time.monotonic()
-        self.process = subprocess.Popen(
-            [*command, *map(str, arguments)], stderr=subprocess.PIPE, text=True
-        )
-        self.stderr: list[str] = []
-        self.url = ""
-        for line in self.process.stderr:
-            self.stderr.append(line)
-            if line.startswith("serving "):
-                self.url = line.split()[-1]
-                break
-        assert self.url, "".join(self.stderr)
+        self.process = subprocess.Popen([*command, *map(str, arguments)], stderr=self._log)
+        first = "loading" if loading else "serving"
+        told = re.compile(rf"^{first} .*?(https?://[^/\s]+)", re.MULTILINE)
+        wait_until(lambda: told.search(self.stderr) or self.process.poll() is not None)
+        found = told.search(self.stderr)
+        assert found, self.stderr
+        self.url = found[1]
         self.seconds_to_ready = time.monotonic() - began
-        self._reader = threading.Thread(
-            target=lambda: self.stderr.extend(self.process.stderr), daemon=True
-        )
-        self._reader.start()
+
+    @property
+    def stderr(self) -> str:
+        """All that it has written so far."""
+        return Path(self._log.name).read_text()
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        code = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
-        return code
+        return self.process.wait(PATIENCE)
 
     def __enter__(self) -> "ServerProcess":
         return self
@@ -63,7 +79,7 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(PATIENCE)
-        self.process.stderr.close()
+        self._log.close()
 
 
 @contextlib.contextmanager
@@ -112,6 +128,20 @@ def wait_until(condition, seconds: float = PATIENCE) -> float:
         assert time.monotonic() - began < seconds, "waited in vain"
         time.sleep(0.002)
     return time.monotonic() - began
+
+
+def in_threads(count, work):
+    found = [None] * count
+
+    def one(index):
+        found[index] = work(index)
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    return found
 
 
 def metrics(client: httpx.Client) -> dict[str, float]:

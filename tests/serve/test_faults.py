@@ -17,7 +17,15 @@ import numpy as np
 import openai
 import pytest
 from fake import FakeExecutor, expected
-from running import PATIENCE, ServerProcess, application, metrics, running, wait_until
+from running import (
+    PATIENCE,
+    ServerProcess,
+    application,
+    in_threads,
+    metrics,
+    running,
+    wait_until,
+)
 
 from cla_export.bundle import open_bundle
 from cla_export.errors import BadInput, MissingEnvironment
@@ -57,20 +65,6 @@ def streaming(url, **given):
     body |= {"stream": True, "ignore_eos": True} | given
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as response:
         yield response
-
-
-def in_threads(count, work):
-    found = [None] * count
-
-    def one(index):
-        found[index] = work(index)
-
-    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    return found
 
 
 def test_overload_is_answered_at_once_and_those_inside_finish(tmp_path):
@@ -192,7 +186,7 @@ def test_requests_have_a_time(tmp_path):
                 list(
                     client.completions.create(model="fake", prompt=[1], max_tokens=150, stream=True)
                 )
-        assert engine.idle
+        wait_until(lambda: engine.idle)
 
 
 def test_a_clock_that_jumps_ends_nothing(tmp_path, monkeypatch):
@@ -292,7 +286,7 @@ def test_sigterm_lets_running_streams_finish(demo_bundle):
         assert len(tokens) == 1200
         assert rest[-1]["choices"][0]["finish_reason"] == "length"
         assert server.wait() == 0
-        assert "Traceback" not in "".join(server.stderr)
+        assert "Traceback" not in server.stderr
 
 
 def test_sigterm_ends_what_takes_too_long_with_an_error(demo_bundle):
@@ -320,16 +314,28 @@ def test_a_second_signal_stops_at_once(demo_bundle):
         assert time.monotonic() - began < 5
 
 
-def test_seeds_give_the_same_text_after_a_restart(demo_bundle):
+def test_seeds_give_the_same_text_whatever_happens(demo_bundle):
+    """Alone, after a prefix hit, in a full batch with others waiting, and after a restart."""
+    prompt = "And it came to pass in those days, that there went out a decree. " * 6
+    body = {"prompt": prompt, "max_tokens": 30, "seed": 11, "ignore_eos": True}
+    others = [{"prompt": f"Verse {i}: behold", "seed": i, "max_tokens": 60} for i in range(7)]
     texts = []
     for number in (signal.SIGKILL, signal.SIGTERM):
-        with ServerProcess(demo_bundle, "--threads", 1) as server:
-            body = {"prompt": "In the beginning", "max_tokens": 30, "seed": 11}
-            got = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE)
-            texts.append(got.json()["choices"][0]["text"])
+        with ServerProcess(demo_bundle, "--threads", 1, "--slots", 4) as server:
+
+            def complete(more, url=server.url):
+                got = httpx.post(f"{url}/v1/completions", json=body | more, timeout=PATIENCE)
+                return got.json()
+
+            alone, again = complete({}), complete({})
+            assert alone["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 64
+            *_, full = in_threads(8, lambda i, ask=complete: ask([*others, {}][i]))
+            texts += [answer["choices"][0]["text"] for answer in (alone, again, full)]
             server.signal(number)
             assert server.wait() == (0 if number == signal.SIGTERM else -number)
-    assert texts[0] == texts[1]
+    assert len(set(texts)) == 1
+    assert len(texts) == 6
 
 
 def command(*arguments):

@@ -339,6 +339,15 @@ def test_bodies_that_are_too_long(http):
         assert got.json()["error"]["code"] == "body_too_large"
 
 
+def test_head_is_get_without_a_body(http):
+    """aiperf asks so whether there are metrics, and load balancers whether anybody is there."""
+    for path in ("/health", "/ready", "/metrics", "/v1/models"):
+        got = http.head(path)
+        assert (got.status_code, got.content) == (200, b"")
+        assert got.headers["content-type"] == http.get(path).headers["content-type"]
+    assert http.head("/v1/completions").status_code == 405
+
+
 def test_request_ids(http):
     assert http.get("/health", headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
     ids = {http.get("/nowhere").headers["x-request-id"] for _ in range(3)}
@@ -366,7 +375,7 @@ def test_a_client_that_leaves_frees_its_slots(http, server, streaming):
 
 
 def test_nothing_of_prompts_is_logged(server):
-    text = "".join(server.stderr)
+    text = server.stderr
     for words in ("beginning", "Blessed", "Selah"):
         assert words not in text
     assert "Traceback" not in text, text

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cla_export.errors import BadInput
+from cla_export.kth_largest import kth_largest
 from cla_export.sampling import Sampler, SamplingParams, choose
 from cla_export.serve.logprobs import logprob_of
 
@@ -44,9 +45,9 @@ params = st.builds(
 
 
 @settings(deadline=None)
-@given(params, st.integers(0, 1000))
-def test_only_allowed_tokens_are_drawn(given_params, seed):
-    logits = row(seed)
+@given(params, st.integers(0, 1000), st.sampled_from([40, 700]))
+def test_only_allowed_tokens_are_drawn(given_params, seed, vocab):
+    logits = row(seed, vocab)
     possible = allowed(logits, given_params)
     sampler = Sampler(given_params)
     for _ in range(20):
@@ -69,6 +70,36 @@ def test_frequencies_are_the_probabilities(given_params):
     possible = allowed(logits, given_params)
     spread = np.sqrt(possible * (1 - possible) / count)
     assert (np.abs(drawn - possible) <= 5 * spread).all()
+
+
+@pytest.mark.parametrize("top_p", [0.02, 0.5, 0.95, 1.0])
+def test_frequencies_of_many_tokens(top_p):
+    """More than one block of tokens, and a top_p that few or all of them reach."""
+    logits, count = row(5, 1000) / 2, 10_000
+    sampler = Sampler(SamplingParams(temperature=1.0, top_p=top_p))
+    drawn = np.bincount([sampler.pick(logits) for _ in range(count)], minlength=1000)
+    expected = allowed(logits, sampler.params) * count
+    inside = expected > 0
+    assert not drawn[~inside].any()
+    chi_squared = ((drawn - expected)[inside] ** 2 / expected[inside]).sum()
+    freedom = inside.sum() - 1
+    assert abs(chi_squared - freedom) < 4 * np.sqrt(2 * freedom)
+
+
+def test_tokens_as_likely_as_the_last_one_stay():
+    logits = np.array([2.0, 1.0, 1.0, 1.0, 0.0], np.float32)
+    for given_params in (
+        SamplingParams(temperature=1.0, top_p=0.6),  # the first two would have it
+        SamplingParams(temperature=1.0, top_k=2),
+    ):
+        sampler = Sampler(given_params)
+        assert {sampler.pick(logits) for _ in range(200)} == {0, 1, 2, 3}
+
+
+@given(st.lists(st.integers(-20, 20), min_size=1, max_size=400), st.data())
+def test_kth_largest(numbers, data):
+    k = data.draw(st.integers(1, len(numbers)))
+    assert kth_largest(np.array(numbers, np.float32), k) == sorted(numbers)[-k]
 
 
 @settings(deadline=None)
@@ -94,8 +125,9 @@ def test_seeds_and_choices_differ_and_repeat():
 def test_greedy_takes_the_likeliest():
     rows = np.stack([row(i) for i in range(5)])
     assert choose(rows, [Sampler() for _ in rows]) == rows.argmax(1).tolist()
-    nearly = SamplingParams(temperature=1e-6, seed=3)
-    assert choose(rows, [Sampler(nearly) for _ in rows]) == rows.argmax(1).tolist()
+    for temperature in (1e-6, 1e-50):
+        nearly = SamplingParams(temperature=temperature, top_p=0.9, seed=3)
+        assert choose(rows, [Sampler(nearly) for _ in rows]) == rows.argmax(1).tolist()
 
 
 def test_logit_bias_and_barred_tokens():

@@ -31,9 +31,10 @@ class Bench:
         return number
 
     def tick(self, *cancelled: int) -> None:
-        for number, output in self.scheduler.tick(frozenset(cancelled)):
-            assert not self.ended(number), f"{number} was told something after its end"
-            self.outputs[number].append(output)
+        for outputs in self.scheduler.tick(frozenset(cancelled)):
+            for number, output in outputs:
+                assert not self.ended(number), f"{number} was told something after its end"
+                self.outputs[number].append(output)
         self.check()
 
     def run(self, *requests: Request) -> list[Output]:
@@ -54,9 +55,9 @@ class Bench:
         scheduler, pool = self.scheduler, self.executor.pool
         assert [s.slot for s in scheduler.active] == list(range(len(scheduler.active)))
         running = list(scheduler.active)
-        if scheduler.prefilling:
-            assert scheduler.prefilling.slot >= len(running)
-            running.append(scheduler.prefilling)
+        for reading in scheduler.prefilling:
+            assert reading.slot >= len(running)
+            running.append(reading)
         for sequence in running:
             assert (
                 pool[sequence.slot, 0, : sequence.length, 0].tolist()
@@ -139,10 +140,70 @@ def test_a_prompt_is_read_in_chunks_between_the_others_tokens():
     for _ in range(3):
         bench.tick()
     assert bench.executor.calls[before:] == [
-        (1, [0], [4]), (0, [3], [1]),
-        (1, [4], [4]), (0, [4], [1]),
-        (1, [8], [3]), (0, [5, 11], [1, 1]),
+        (0, [2], [1]), (1, [0], [4]),
+        (0, [3], [1]), (1, [4], [4]),
+        (0, [4], [1]), (1, [8], [3]),
     ]  # fmt: skip
+
+
+def test_short_prompts_share_a_call():
+    """As many as a chunk has room for, padding included; a whole chunk is computed by itself."""
+    bench = Bench(FakeExecutor(slots=8), chunk=6)
+    lengths = [2, 3, 1, 2, 6, 3, 3, 9]
+    asked = [Request(prompt(length, i), 1) for i, length in enumerate(lengths)]
+    for request, output in zip(asked, bench.run(*asked), strict=True):
+        assert list(output.tokens) == expected(list(request.prompt), 1)
+    read = [counts for _, _, counts in bench.executor.calls]
+    assert read == [[2, 3], [1, 2], [6], [3, 3], [6], [3]]
+
+
+def test_short_prompts_are_read_one_by_one_where_that_takes_no_longer():
+    bench = Bench()
+    bench.executor.reads_rows_at_once = False
+    bench.run(*(Request(prompt(1, i), 1) for i in range(4)))
+    assert [counts for _, _, counts in bench.executor.calls] == [[1]] * 4
+
+
+def test_a_call_for_several_prompts_that_raises_fails_them():
+    bench = Bench(FakeExecutor(slots=3))
+    bench.add(Request(prompt(5), 20))
+    for _ in range(3):
+        bench.tick()
+    bench.executor.before = fail_when(lambda rows: len(rows) == 2)
+    numbers = [bench.add(Request(prompt(2, i), 4)) for i in (1, 2, 3)]
+    bench.tick()
+    assert [bench.ended(number) for number in numbers] == [True, True, False]
+    while bench.scheduler.busy:
+        bench.executor.before = lambda rows: None
+        bench.tick()
+    assert bench.tokens(0) == expected(list(prompt(5)), 20)
+    assert bench.tokens(numbers[2]) == expected(list(prompt(2, 3)), 4)
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.5, 10), (2.0, 40), (8.0, 160), (None, 20)])
+def test_prompts_take_what_time_the_others_leave_them(seconds, calls):
+    """A call takes two seconds, and a budget is what rounds spend on them on average."""
+    bench = Bench(FakeExecutor(slots=2, capacity=1000))
+    bench.scheduler = Scheduler(
+        bench.executor, lambda: bench.now, chunk=CHUNK, prefill_seconds=seconds
+    )
+
+    bench.add(Request(prompt(3), 200))
+    bench.tick()
+    bench.add(Request(prompt(900, 1), 1))
+    bench.executor.calls.clear()
+    read = bench.executor.prefill
+
+    def slowly(*given):
+        bench.now += 2.0
+        return read(*given)
+
+    bench.executor.prefill = slowly
+    rounds = 40 if seconds else 20
+    for _ in range(rounds):
+        bench.tick()
+    chunks = sum(counts == [CHUNK] for _, _, counts in bench.executor.calls)
+    assert abs(chunks - calls) <= 1
 
 
 def test_chunks_begin_at_the_same_places_whatever_was_reused():
@@ -237,7 +298,7 @@ def test_deadlines(when):
     bench.now = 5.0
     bench.tick()
     assert bench.outputs[number][-1].failure.kind == "timeout"
-    assert bench.scheduler.prefilling is None
+    assert not bench.scheduler.prefilling
 
 
 def test_rows_without_numbers_fail_alone():

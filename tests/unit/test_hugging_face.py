@@ -63,6 +63,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
     },
     "gemma4_text": {**GEMMA, "global_head_dim": 32},
+    "gemma2": {**PLAIN, "head_dim": 16, "layer_types": TYPES, "sliding_window": 6,
+               "query_pre_attn_scalar": 4, "attn_logit_softcapping": 1.5},
     "mixtral": {**PLAIN, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**PLAIN, "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2,
                   "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [0]},
@@ -107,7 +109,7 @@ def test_layers_share_as_the_config_says(bundle: Bundle, kind: str) -> None:
     owners = SHARED.get(kind, (0, 1))
     assert bundle.layout.kv_owner == owners
     assert len(bundle.manifest["groups"]) == 2
-    windows = {"qwen3": (6, 6), **dict.fromkeys(SHARED, (6, None, 6, None))}
+    windows = {"qwen3": (6, 6), "gemma2": (6, None), **dict.fromkeys(SHARED, (6, None, 6, None))}
     assert bundle.layout.window == windows.get(kind, (None, None))
 
 
@@ -231,7 +233,7 @@ def test_a_model_that_is_not_what_its_config_says(tmp_path: Path) -> None:
     [
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"model_type": "no such thing"}, "causal language models of transformers"),
-        ({"model_type": "gemma2", **PLAIN}, "scaled_dot_product_attention"),
+        ({"model_type": "gpt_oss", **PLAIN}, "scaled_dot_product_attention"),
         (
             {
                 "model_type": "llama",
