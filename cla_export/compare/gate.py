@@ -52,8 +52,8 @@ _TOOLS = ("torch", "onnxruntime", "onnx", "polygraphy", "numpy")
 _HELD = 64  # tokens whose keys and values stand in for a long context's, over and over
 _ONE_THREAD = 2**24  # parameters
 _ON_GPU = 8192  # tokens a slot holds there, at most
-_INT8 = 8  # bits of experts' weights whose products round what they multiply
 _SLOTS = 8  # there: more than any case needs
+_INT8 = 8  # bits of experts' weights whose products round what they multiply
 _SHOWN = "decode"  # the case whose layers are shown where nothing fails
 _SPELT = "the module spells its attention out, where PyTorch has no keys and values to show"
 

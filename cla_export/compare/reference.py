@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
+from cla_export.compare.rounded_activations import RoundedExperts, hooked, rounded_activations
 from cla_export.compare.routing import Follow, Routes
 from cla_export.kv_scales import LEAST, MOST, Scales
 from cla_export.layout import KVLayout
@@ -133,16 +133,6 @@ class Reference:
 
 
 @contextmanager
-def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Take hooks off again, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def _in_float64(model: Decoder) -> Iterator[None]:
     """Run every module in float64; its float32 weights are put back after it."""
     narrow_data: dict[nn.Parameter, Tensor] = {}
@@ -167,7 +157,7 @@ def _in_float64(model: Decoder) -> Iterator[None]:
         elif next(module.parameters(recurse=False), None) is not None:
             handles.append(module.register_forward_pre_hook(widen))
             handles.append(module.register_forward_hook(narrow, always_call=True))
-    with _hooked(handles), _WidenedParameters():
+    with hooked(handles), _WidenedParameters():
         yield
 
 
@@ -206,9 +196,9 @@ def _native(
     """The bundle's arithmetic: activations as it rounds them, sums in one part or in two."""
     with ExitStack() as stack:
         if quantization is not None:
-            stack.enter_context(_rounded_activations(model, quantization))
+            stack.enter_context(rounded_activations(model, quantization))
         if quantization is not None and rounds_experts:
-            stack.enter_context(_RoundedExperts(model, quantization))
+            stack.enter_context(RoundedExperts(model, quantization))
         if part is not None:
             stack.enter_context(_sums_in_parts(model, part))
         if part is not None and next(model.parameters()).dtype != torch.float32:
@@ -243,59 +233,8 @@ def _sums_in_parts(model: Decoder, part: int) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, nn.Linear)
     ]
-    with _hooked(handles):
+    with hooked(handles):
         yield
-
-
-@contextmanager
-def _rounded_activations(model: Decoder, quantization: Quantization) -> Iterator[None]:
-    """Round what goes into every quantised product to int8, a scale for each block of channels."""
-
-    def round_inputs(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        (x,) = inputs
-        return _rounded(x, quantization.block)
-
-    handles = [
-        module.register_forward_pre_hook(round_inputs)
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    with _hooked(handles):
-        yield
-
-
-class _RoundedExperts(TorchFunctionMode):
-    """Rounds what goes into every product with an expert's weight, in the same way."""
-
-    def __init__(self, model: Decoder, quantization: Quantization) -> None:
-        super().__init__()
-        self._block = quantization.block
-        parameters = dict(model.named_parameters())
-        routed = (parameters[name] for name in model.spec.routed or {})
-        self._places = {weight.untyped_storage().data_ptr() for weight in routed}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        del types
-        if func is nn.functional.linear:
-            x, weight = args[:2]
-            if weight.untyped_storage().data_ptr() in self._places:
-                args = (_rounded(x, self._block), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-def _rounded(x: Tensor, block: int) -> Tensor:
-    """Values rounded to int8, with a scale for each block of the last axis."""
-    width = x.shape[-1]
-    padded = nn.functional.pad(x, (0, -width % block)).reshape(*x.shape[:-1], -1, block)
-    step = padded.abs().amax(-1, keepdim=True) / 127
-    rounded: Tensor = (padded / step.clamp(min=torch.finfo(x.dtype).tiny)).round() * step
-    return rounded.flatten(-2)[..., :width]
 
 
 class _Held:
