@@ -33,7 +33,12 @@ from cla_export.quantization import Quantization
 SCHEMA = 1
 MANIFEST = "bundle.json"
 BUILD_RECORD = "build.json"  # of an engine's folder
-_KINDS = {MANIFEST: "a bundle", BUILD_RECORD: "an engine", "config.pbtxt": "a Triton model"}
+_KINDS = {
+    MANIFEST: "a bundle",
+    BUILD_RECORD: "an engine",
+    "config.pbtxt": "a Triton model",
+    "kubernetes.yaml": "a cluster's manifests",
+}
 GRAPH = "model.onnx"
 CPU_GRAPH = "model.cpu.onnx"
 CUDA_GRAPH = "model.cuda.onnx"
@@ -70,8 +75,18 @@ class Bundle:
 
     @property
     def dtype(self) -> str:
-        """Dtype of weights, activations and caches: float32, float16 or bfloat16."""
+        """Dtype of weights, activations and, mostly, caches: float32, float16 or bfloat16."""
         return cast("str", self.manifest["dtype"])
+
+    @property
+    def cache_dtype(self) -> str:
+        """Dtype of the caches: `dtype`, or int8."""
+        return "int8" if self.calibration else self.dtype
+
+    @property
+    def calibration(self) -> Mapping[str, object]:
+        """Of int8 caches: on what their scales were chosen; empty for others."""
+        return cast("Mapping[str, object]", self.manifest.get("kv_cache") or {})
 
     @property
     def quantization(self) -> Quantization | None:
@@ -81,9 +96,10 @@ class Bundle:
 
     @property
     def arithmetic(self) -> str:
-        """The dtype, and the weights' where that is another: `float32, int4 weights`."""
+        """The dtype, and what has another: `float32, int4 weights, int8 cache`."""
         how = self.quantization
-        return self.dtype if how is None else f"{self.dtype}, {how.name} weights"
+        weights = "" if how is None else f", {how.name} weights"
+        return f"{self.dtype}{weights}{', int8 cache' if self.calibration else ''}"
 
     @property
     def max_positions(self) -> int:
@@ -353,7 +369,7 @@ def _read_manifest(
     files = {name: (int(cast("int", e["bytes"])), str(e["sha256"])) for name, e in entries}
     bundle = Bundle(folder, manifest, layout)
     _ = files[GRAPH], bundle.target, bundle.dtype, bundle.source
-    _ = bundle.max_positions + bundle.vocab_size, bundle.quantization
+    _ = bundle.max_positions + bundle.vocab_size, bundle.quantization, bundle.cache_dtype
     return bundle, files
 
 

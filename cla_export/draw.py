@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _BLOCK = 256  # tokens
 _ROUND = 2**32  # numbers that a round of a race may use
 _SHORTEST = np.float32(2**-25)  # of a race's times: none is 0
+_COLDEST = np.float32(1e-20)  # a lower temperature is as good as 0, and may be 0 in float32
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -43,15 +44,14 @@ class Scratch:
         self.kept = np.empty(self.blocks.shape, np.bool_)
 
 
-def draw(scratch: Scratch, largest: float, params: "SamplingParams", key: int) -> int:
-    """A token by the logits in `scratch.row`, whose largest is given, and a key of 64 random bits.
+def draw(scratch: Scratch, params: "SamplingParams", key: int) -> int:
+    """A token by the logits in `scratch.row`, of which the largest is 0, and 64 random bits.
 
     Filters are those of `SamplingParams`, in its order; the temperature is above 0.
     """
     scores = scratch.row
-    scores -= np.float32(largest)
     if params.temperature != 1:
-        scores /= np.float32(params.temperature)
+        scores /= max(np.float32(params.temperature), _COLDEST)
     lowest = math.log(params.min_p) if params.min_p > 0 else -math.inf
     if 0 < params.top_k < len(scores):
         lowest = max(lowest, kth_largest(scores, params.top_k))
@@ -74,10 +74,10 @@ def _race(scratch: Scratch, top_p: float, key: int) -> int:
         times = _times(len(sums) + _BLOCK, key, rounds)
         block = int((sums / times[: len(sums)]).argmax())
         place = int((weights[block] / times[len(sums) :]).argmax())
-        weight, token = weights[block, place], block * _BLOCK + place
+        weight, token = float(weights[block, place]), block * _BLOCK + place
         if top_p == 1 or weight == 1 or weight > (1 - top_p) * total:
             return token  # those likelier than it have less than top_p, whatever they are
-        np.greater(weights, weight, out=scratch.kept)
+        np.greater(weights, np.float32(weight), out=scratch.kept)
         np.multiply(weights, scratch.kept, out=left)
         sums = left.sum(1)
         if sums.sum(dtype=np.float64) < top_p * total:

@@ -1,6 +1,7 @@
 """export: a model folder becomes a bundle. Trace, rewrite, lower, write, hash, rename."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -26,17 +27,20 @@ from cla_export.bundle import (
 )
 from cla_export.errors import BadInput
 from cla_export.genai import genai_config
-from cla_export.layout import KVLayout
+from cla_export.layout import DTYPE_BITS, KVLayout
 from cla_export.lower import check_target
 from cla_export.models.checkpoint import Checkpoint, open_checkpoint
 from cla_export.quantization import Quantization
 from cla_export.spec import ModelSpec
+from cla_export.tokenizer import token_stream
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from cla_export.kv_scales import Scales
     from cla_export.lower import Lowered
 
+KV_CACHES = ("int8",)
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ATTENTION = ("auto", "native", "plugin")
 _ATTENTION_KEYS = {  # of each group
@@ -58,6 +62,8 @@ def export(
     target: str = "onnxruntime",
     dtype: str = "fp32",
     quantize: str | None = None,
+    kv_cache: str | None = None,
+    calibration: Path | None = None,
     attention: str | None = None,
     module: str | None = None,
     weights: str = "auto",
@@ -75,6 +81,10 @@ def export(
             tensor by tensor while writing; fp32 holds every checkpoint exactly.
         quantize: `int4` or `int8` weights in place of `dtype`'s; see `quantization`. Target
             `onnxruntime` only.
+        kv_cache: `int8` caches in place of `dtype`'s; see `calibration`. Target `onnxruntime` in
+            fp32 only. The model is loaded into memory to choose scales.
+        calibration: the text that scales of such caches are chosen on; None: the model folder's
+            heldout.txt, or random token ids where it has none.
         attention: of the TensorRT targets: `native`, `plugin`, or `auto` (None), which takes the
             plugin where TensorRT has no kernel of its own.
         module: `package.module:factory` that makes the model's PyTorch module, where no family
@@ -93,14 +103,11 @@ def export(
 
     from cla_export.linked_weights import linkable, take_in
     from cla_export.lower import lower
-    from cla_export.lower.quantize_weights import quantize_weights
     from cla_export.rewrite import rewrite
     from cla_export.trace import trace
     from cla_export.weights import attach
 
-    check_target(target)
-    if dtype not in DTYPES:
-        raise BadInput(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    _check_choices(target, dtype, kv_cache, calibration)
     quantization = _quantization(quantize, target, weights)
     options = _lowering_options(target, attention)
     source, dest = Path(source), Path(dest)
@@ -123,15 +130,17 @@ def export(
         require_space(folder.parent, spec.parameters() * torch_dtype.itemsize - in_place)
         family = checkpoint.family
         progress("trace", 1, steps)
+        scales, origin = _scales(checkpoint, calibration) if kv_cache else (None, "")
         stateless = trace(family, spec, torch_dtype)
         progress("rewrite", 2, steps)
         canonical = rewrite(stateless, spec.layout)
         progress("lower", 3, steps)
         lowered = lower(target, canonical.model, spec.layout, **options)
-        companions = _companions(target, dtype, canonical.model, spec.layout, quantization)
-        if quantization is not None:
-            for made in (lowered, *companions.values()):
-                quantize_weights(made.model, quantization, spec.tied)
+        companions = _companions(
+            target, dtype, canonical.model, spec.layout, quantization, narrow=scales is not None
+        )
+        for made in (lowered, *companions.values()):
+            _quantize(made.model, spec, quantization, scales)
         progress("write", 4, steps)
         constants = family.constants(spec)
         attach(lowered.model, checkpoint, constants, quantization, taken_in, folder)
@@ -141,6 +150,7 @@ def export(
         _copy_files(checkpoint, folder, target)
         found = digests()
         manifest = _manifest(checkpoint, lowered, companions, DTYPES[dtype], quantization, found)
+        manifest |= {"kv_cache": {"dtype": kv_cache, "calibrated_on": origin}} if kv_cache else {}
         manifest |= {"linked": sorted(taken_in.values())} if taken_in else {}
         known = {name: found[path] for path, name in taken_in.items()}
         write_manifest(folder, manifest, progress, known)
@@ -165,6 +175,61 @@ def _quantization(quantize: str | None, target: str, weights: str) -> Quantizati
     if weights == "link":
         raise BadInput(f"weights is 'link' and quantize {quantize!r}; such weights are packed anew")
     return Quantization.named(quantize)
+
+
+def _check_choices(target: str, dtype: str, kv_cache: str | None, calibration: Path | None) -> None:
+    check_target(target)
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if kv_cache is None:
+        if calibration is not None:
+            raise BadInput(
+                f"calibration is {str(calibration)!r} and kv_cache is not set; it is the text for "
+                "scales of int8 caches"
+            )
+        return
+    if kv_cache not in KV_CACHES:
+        raise BadInput(f"kv_cache is {kv_cache!r}; expected {' or '.join(KV_CACHES)}")
+    if target != "onnxruntime" or dtype != "fp32":
+        raise BadInput(
+            f"kv_cache is {kv_cache!r} for target {target!r} in {dtype}; only `onnxruntime` in "
+            "fp32, on a CPU, has operators for such a cache"
+        )
+
+
+def _scales(checkpoint: Checkpoint, text: Path | None) -> "tuple[list[Scales], str]":
+    """Scales of int8 caches, and what they were chosen on."""
+    from cla_export.calibration import calibrate
+    from cla_export.lower.quantize_caches import check_heads
+    from cla_export.models.checkpoint import load_model
+
+    spec = checkpoint.spec
+    check_heads(spec.layout)
+    if spec.spelt_attention:
+        raise BadInput(
+            f"kv_cache is 'int8' and {checkpoint.module} writes its attention out, so nothing "
+            "shows the keys and values to choose scales for; call scaled_dot_product_attention"
+        )
+    stream, origin = token_stream(checkpoint.folder, spec.vocab_size, text)
+    return calibrate(load_model(checkpoint), stream), origin
+
+
+def _quantize(
+    model: "ir.Model",
+    spec: ModelSpec,
+    quantization: Quantization | None,
+    scales: "list[Scales] | None",
+) -> None:
+    """What a graph holds in fewer bits: weights, and with `scales` caches."""
+    from cla_export.lower.quantize_caches import quantize_caches
+    from cla_export.lower.quantize_experts import quantize_experts
+    from cla_export.lower.quantize_weights import quantize_weights
+
+    if quantization is not None:
+        quantize_weights(model, quantization, spec.tied)
+        quantize_experts(model, quantization)
+    if scales is not None:
+        quantize_caches(model, spec.layout, scales)
 
 
 def _lowering_options(target: str, attention: str | None) -> dict[str, str]:
@@ -210,8 +275,13 @@ def _companions(
     canonical: "ir.Model",
     layout: KVLayout,
     quantization: Quantization | None,
+    *,
+    narrow: bool,
 ) -> "dict[str, Lowered]":
-    """The other graphs that a bundle has over its weights, by the names of their files."""
+    """The other graphs that a bundle has over its weights, by the names of their files.
+
+    Where caches are `narrow`, a graph is left out that keeps the standard form for some of them.
+    """
     from cla_export.lower import CPU, CUDA, CUDA_PLUGIN, lower
 
     if target != "onnxruntime":
@@ -222,7 +292,8 @@ def _companions(
             for_cuda[CUDA_PLUGIN_GRAPH] = lower(CUDA_PLUGIN, canonical, layout)
         return for_cuda
     for_cpu = lower(CPU, canonical, layout)
-    return {CPU_GRAPH: for_cpu} if "ClaAttention" in for_cpu.attention else {}
+    ours = [operator == "ClaAttention" for operator in for_cpu.attention]
+    return {CPU_GRAPH: for_cpu} if (all(ours) if narrow else any(ours)) else {}
 
 
 def _write_companion(model: "ir.Model", folder: Path, name: str) -> None:
@@ -288,7 +359,7 @@ def _manifest(
             }
             for group in spec.layout.groups
         ],
-        "experts": _experts(spec, lowered),
+        "experts": _experts(spec, lowered, dtype, quantization),
         "inputs": [value.name for value in graph.inputs],
         "outputs": [value.name for value in graph.outputs],
         "limits": {"max_positions": spec.max_positions, "vocab_size": spec.vocab_size},
@@ -302,18 +373,29 @@ def _manifest(
     }
 
 
-def _experts(spec: ModelSpec, lowered: "Lowered") -> dict[str, str] | None:
+def _experts(
+    spec: ModelSpec, lowered: "Lowered", dtype: str, quantization: Quantization | None
+) -> dict[str, str] | None:
     """The operator that a mixture of experts ended up as, and why."""
     if not spec.routed:
         return None
-    if any(node.op_type == "MoE" for node in lowered.model.graph):
-        return {"operator": "MoE", "reason": "computes the chosen ones alone"}
+    operators = {node.op_type for node in lowered.model.graph}
+    if "QMoE" in operators and "MoE" not in operators:
+        return {"operator": "QMoE", "reason": "computes the chosen ones alone"}
+    whole = ""
+    if quantization is not None:
+        shapes = spec.weights()
+        size = sum(math.prod(shapes[name]) for name in spec.routed) * DTYPE_BITS[dtype] // 8
+        whole = f"; {size:,} bytes of them are not quantised, which QMoE takes in float32 and "
+        whole += f"rows of whole blocks of {quantization.block}"
+    if "MoE" in operators:
+        return {"operator": "MoE", "reason": f"computes the chosen ones alone{whole}"}
     chosen, count = max(spec.routed.values(), key=lambda pair: pair[1] / pair[0])
     why = f"{lowered.target} has no operator for less"
     if lowered.target == "onnxruntime":
         why = "ONNX Runtime's MoE takes SwiGLU in float32 on a CPU"
     all_of_them = f"computes all {count} and weighs them, where a token goes through {chosen}"
-    return {"operator": "MatMul", "reason": f"{all_of_them}: {why}"}
+    return {"operator": "MatMul", "reason": f"{all_of_them}: {why}{whole}"}
 
 
 def _version(package: str) -> str | None:

@@ -21,6 +21,7 @@ _ATTENTION = {
     ("GroupQueryAttention", "com.microsoft"),
     ("TRT_Attention", "trt"),
     ("ClaAttention", "cla"),
+    ("ClaAttention", "cla.int8"),
     ("ClaAttention", "cla.float16"),
     ("ClaAttention", "cla.bfloat16"),
 }

@@ -35,9 +35,9 @@ DEFAULT_CONTEXT = 2048  # tokens attended to, for FLOPs
 class Costs:
     """What one layout costs. None where the model's dimensions are not known."""
 
-    cache_bytes_per_token: int  # keys and values of all groups, at the inspection's dtype
+    cache_bytes_per_token: int  # keys and values of all groups, in the inspection's cache dtype
     cache_inputs: int  # key and value caches a runtime must bind
-    kv_activation_bytes_per_token: int  # K and V that owners produce in training, same dtype
+    kv_activation_bytes_per_token: int  # K and V that owners produce in training, in its dtype
     parameters: int | None
     flops_per_token: int | None  # forward, one token, at the inspection's context
 
@@ -61,6 +61,7 @@ class Inspection:
     model_type: str | None
     layout: KVLayout
     dtype: str
+    cache_dtype: str
     dtype_source: str  # what said so, or that it was assumed
     context: int | None  # tokens, for FLOPs
     own: Costs
@@ -92,6 +93,7 @@ class Inspection:
             "layout": self.layout.to_json(),
             "groups": [asdict(group) for group in self.layout.groups],
             "dtype": self.dtype,
+            "cache_dtype": self.cache_dtype,
             "dtype_source": self.dtype_source,
             "context": self.context,
             "this_model": asdict(self.own),
@@ -190,7 +192,7 @@ def _inspect_bundle(folder: Path, context: int | None, module: str | None) -> In
     else:
         spec, notes = _spec_if_known(config, bundle.module_named(module))
         promised = spec.layout if spec else None
-    facts, found, _, graph_notes = read_graph(bundle.graph)
+    facts, found, held_in, graph_notes = read_graph(bundle.graph)
     wanted = 2 * layout.num_groups
     checks = [
         Check(
@@ -204,6 +206,9 @@ def _inspect_bundle(folder: Path, context: int | None, module: str | None) -> In
             _difference("the graph", found, "bundle.json", layout),
         ),
     ]
+    if bundle.calibration:
+        name = "the graph's caches are in int8, as bundle.json says"
+        checks.append(Check(name, held_in == bundle.cache_dtype, held_in))
     if promised is not None:
         who = "config.json" if module is None else "the module"
         checks.append(
@@ -220,6 +225,7 @@ def _inspect_bundle(folder: Path, context: int | None, module: str | None) -> In
         layout=layout,
         spec=spec,
         dtype=(dtype, "bundle.json"),
+        cache_dtype=bundle.cache_dtype,
         context=context,
         notes=[*notes, *graph_notes],
         target=str(bundle.manifest.get("target")),
@@ -276,6 +282,7 @@ def _compare(
     dtype: tuple[str, str],
     context: int | None,
     notes: list[str],
+    cache_dtype: str | None = None,
     target: str | None = None,
     graph: GraphFacts | None = None,
     checks: tuple[Check, ...] = (),
@@ -299,10 +306,11 @@ def _compare(
         model_type=model_type,
         layout=layout,
         dtype=dtype[0],
+        cache_dtype=cache_dtype or dtype[0],
         dtype_source=dtype[1],
         context=context,
-        own=_costs(layout, dtype[0], spec, context),
-        dense=_costs(twin, dtype[0], spec.dense_twin() if spec else None, context),
+        own=_costs(layout, dtype[0], cache_dtype, spec, context),
+        dense=_costs(twin, dtype[0], cache_dtype, spec.dense_twin() if spec else None, context),
         weight_bytes=graph.weight_bytes if graph is not None else weight_bytes,
         target=target,
         graph=graph,
@@ -311,10 +319,16 @@ def _compare(
     )
 
 
-def _costs(layout: KVLayout, dtype: str, spec: ModelSpec | None, context: int | None) -> Costs:
+def _costs(
+    layout: KVLayout,
+    dtype: str,
+    cache_dtype: str | None,
+    spec: ModelSpec | None,
+    context: int | None,
+) -> Costs:
     per_token = layout.bytes_per_token(dtype)
     return Costs(
-        cache_bytes_per_token=per_token,
+        cache_bytes_per_token=layout.bytes_per_token(cache_dtype or dtype),
         cache_inputs=2 * layout.num_groups,
         kv_activation_bytes_per_token=per_token,  # what owners project is what caches hold
         parameters=spec.parameters() if spec else None,

@@ -124,13 +124,15 @@ class Sampler:
             self._seen.add(token)
 
     def _pick(self, logits: Logits, scratch: Scratch) -> int:
-        scores = scratch.row
-        scores[:] = logits
-        self._adjust(scores)
-        likeliest = int(scores.argmax())
+        if not self.params.as_they_are or self._count < self._barred_for:
+            scratch.row[:] = logits
+            self._adjust(scratch.row)
+            logits = scratch.row
+        likeliest = int(logits.argmax())
         if self.params.temperature == 0:
             return likeliest
-        return draw(scratch, scores[likeliest], self.params, self._random.random_raw())
+        np.subtract(logits, logits[likeliest], out=scratch.row)
+        return draw(scratch, self.params, self._random.random_raw())
 
     def _adjust(self, scores: Logits) -> None:
         for token, bias in self._bias.items():

@@ -4,7 +4,8 @@ For each number of slots: the bare executor's decode step; the engine's tokens p
 as many requests as slots; and as many streams over HTTP, whose client is a process of its own on
 the same cores. What the scheduler and HTTP cost is the processor time of their threads for each
 decode step, beside the step's own time: other programs on the machine do not change it, and where
-no core is idle it is what a step takes longer.
+no core is idle it is what a step takes longer. With --threads 1, the step's time and the engine's
+tokens per second are by the processor's time too; those over HTTP never are.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -109,20 +110,21 @@ def measure(bundle: Bundle, slots: int, sampled: bool, threads: int | None, http
     engine = Engine(watched, deliver, tokenizer=load_tokenizer(bundle.folder))
     engine.start()
     asked = requests(bundle, 2 * slots, sampled)
-    began = time.perf_counter()
+    clock = time.process_time if threads == 1 else time.perf_counter
+    began = clock()
     engine.submit(asked)
     left = len(asked)
     while left:
         _, output = arrived.get()
         assert output.failure is None, output.failure
         left -= output.last
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     engine.stop()
     found = serve_http(bundle, slots, sampled, threads) if http else (None, None)
     return Row(
         slots=slots,
         sampled=sampled,
-        step_ms=bare_step(executor, slots),
+        step_ms=bare_step(executor, slots, time.thread_time if threads == 1 else time.perf_counter),
         engine_ms=watched.between_ms(slots),
         http_ms=found[0],
         tokens_per_s=len(asked) * NEW / seconds,
@@ -130,13 +132,13 @@ def measure(bundle: Bundle, slots: int, sampled: bool, threads: int | None, http
     )
 
 
-def bare_step(executor: Executor, slots: int) -> float:
+def bare_step(executor: Executor, slots: int, clock: Callable[[], float]) -> float:
     """Milliseconds of decode with `slots` rows in the middle of their answers."""
     times, rows = [], range(slots)
     for step in range(WARM + NEW // 2):
-        began = time.perf_counter()
+        began = clock()
         executor.decode(rows, [5] * slots, [PROMPT + NEW // 4 + step] * slots)
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     return float(np.percentile(times[WARM:], 10)) * 1e3
 
 

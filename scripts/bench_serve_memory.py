@@ -7,17 +7,19 @@ The same model with random weights, dense, with CLA2 and with CLA4: all else is 
 that `serve` has runs as many slots as a budget for keys and values holds, on a queue of requests of
 mixed lengths; tokens are counted while requests wait, so that no slot is ever free. Factors take
 turns within a round, and a rate is the median of its rounds'.
+
+Time is the processor's, and one thread computes: other programs on the machine count little. With
+--wall it is the clock's, and --threads may be more; nothing else should run then.
 """
 
 import argparse
 import csv
-import os
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,8 @@ class Row:
 class Watch:
     """Counts an engine's tokens, and when the last of its requests got a slot."""
 
-    def __init__(self, requests: int) -> None:
+    def __init__(self, requests: int, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self._left = self._ends = requests
         self.tokens = 0
         self.full: tuple[float, int] = (0.0, 0)  # when the last one was admitted; tokens until then
@@ -75,7 +78,7 @@ class Watch:
     def admitted(self, _sequence: sequence.Sequence) -> None:
         self._left -= 1
         if not self._left:
-            self.full = (time.perf_counter(), self.tokens)
+            self.full = (self.clock(), self.tokens)
 
     def stepped(self, *_: object) -> None:
         pass
@@ -97,15 +100,15 @@ def requests(bundle: Bundle, count: int) -> list[Request]:
     ]
 
 
-def rate(bundle: Bundle, slots: int, context: int, threads: int) -> float:
+def rate(bundle: Bundle, slots: int, options: argparse.Namespace) -> float:
     """Tokens per second with all slots busy, prompts' reading included."""
     asked = requests(bundle, TURNS * slots)
-    watch = Watch(len(asked))
-    executor = open_executor(bundle, slots=slots, capacity=context, threads=threads)
+    watch = Watch(len(asked), time.perf_counter if options.wall else time.process_time)
+    executor = open_executor(bundle, slots=slots, capacity=options.context, threads=options.threads)
     executor.decode(range(slots), [5] * slots, [0] * slots)  # warms up
     engine = Engine(executor, watch.deliver, observer=watch)
     engine.submit(asked)  # before the start: all wait when it begins
-    began = time.perf_counter()
+    began = watch.clock()
     engine.start()
     watch.done.wait()
     engine.stop()
@@ -122,7 +125,7 @@ def measure(bundles: Mapping[int, Bundle], options: argparse.Namespace) -> list[
     ]
     for index in range(options.rounds):
         for row in rows:
-            found = rate(bundles[row.factor], row.slots, options.context, options.threads)
+            found = rate(bundles[row.factor], row.slots, options)
             row.rates.append(found)
             print(f"round {index}: {row.budget / 2**20:g} MiB, {name_of(row.factor)}, {row.slots} "
                   f"slots: {found:.1f} tokens/s", file=sys.stderr, flush=True)  # fmt: skip
@@ -141,7 +144,8 @@ def markdown(run: Mapping[str, Any], rows: Sequence[Row]) -> str:
         heading(run),
         f"{model['layers']} layers of {model['hidden']}, {model['heads']} heads on "
         f"{model['kv_heads']} kv heads of {model['head_dim']}; slots of {run['context']:,} tokens; "
-        f"prompts of {PROMPTS[0]} to {PROMPTS[1]} tokens, {ANSWERS[0]} to {ANSWERS[1]} new ones.\n",
+        f"prompts of {PROMPTS[0]} to {PROMPTS[1]} tokens, {ANSWERS[0]} to {ANSWERS[1]} new ones; "
+        f"seconds are {'the clock' if run['wall'] else 'the processor'}'s.\n",
         "| KV budget MiB | sharing | slots | tokens/s | x dense |",
         "|---" * 5 + "|",
     ]
@@ -183,7 +187,8 @@ def plot(run: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
         axes.set_xlabel("budget for keys and values, MiB")
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.margins(y=0.12)
         axes.set_title(title, fontsize=11, loc="left")
         axes.grid(axis="y", color="#e5e7eb")
@@ -191,8 +196,8 @@ def plot(run: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
     model, place = run["model"], run["machine"]
     figure.suptitle(
         f"{model['layers']} layers of {model['hidden']}, {model['kv_heads']} kv heads of "
-        f"{model['head_dim']}, float32, {place['threads']} threads of {place['processor']}, "
-        f"{run['date']}",
+        f"{model['head_dim']}, float32, {place['threads']} of {place['cpus']} CPUs of "
+        f"{place['processor']}, {run['date']}",
         fontsize=11, x=0.01, ha="left",
     )  # fmt: skip
     handles, labels = panels[0].get_legend_handles_labels()
@@ -206,7 +211,8 @@ def main() -> None:
     )
     parser.add_argument("--context", type=int, default=2048, metavar="TOKENS", help="of a slot")
     parser.add_argument("--budgets", type=sizes, default="48MiB,96MiB,192MiB,384MiB")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--wall", action="store_true", help="the clock's seconds")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE")
@@ -221,6 +227,7 @@ def main() -> None:
         **provenance(options.threads),
         "model": {name: getattr(options, name) for name in SHAPE},
         "context": options.context,
+        "wall": options.wall,
         "rows": [asdict(row) for row in rows],
     }
     text = markdown(run, rows)

@@ -29,7 +29,7 @@ class Trial:
     shares: tuple[float, float, float, float]
 
 
-DTYPES = ("fp32", "fp16", "int8", "int4")
+DTYPES = ("fp32", "fp16", "int8", "int4", "fp32+kv8", "int8+kv8", "int4+kv8")  # kv8: int8 caches
 
 
 def batch(dtype: str, seeds: list[int]) -> list[Trial]:
@@ -57,6 +57,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=200, help="of each dtype")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="some of these")
     parser.add_argument("--first", type=int, default=0, help="seed of the first run")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     options = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> int:
     ]
     alarms = 0
     with ProcessPoolExecutor(options.jobs) as pool:
-        for dtype in DTYPES:
+        for dtype in options.dtypes.split(","):
             # layouts are traced once a process, so each process keeps to its own
             parts = [seeds[i :: options.jobs] for i in range(options.jobs)]
             futures = [pool.submit(batch, dtype, part) for part in parts if part]

@@ -220,11 +220,13 @@ class Zoo:
         dtype: str = "fp32",
         quantize: str | None = None,
         attention: str | None = None,
+        kv_cache: str | None = None,
         **overrides: Any,
     ) -> Bundle:
         """An exported configuration."""
         source = self.folder(**overrides)
         options = {"target": target, "dtype": dtype, "quantize": quantize, "attention": attention}
+        options |= {"kv_cache": kv_cache}
         kind = "-".join(str(option) for option in options.values())
         with self._made(kind, overrides) as (path, missing):
             if missing:

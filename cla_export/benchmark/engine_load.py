@@ -22,6 +22,7 @@ def bench_engine(
     *,
     slots: int | None = None,
     chunk: int = CHUNK,
+    prefill_seconds: float | None = None,
     threads: int | None = None,
     progress: Progress = lambda _what, _done, _of: None,
 ) -> LoadBench:
@@ -32,6 +33,7 @@ def bench_engine(
         work: what is asked.
         slots: sequences that run side by side; None: as many as the largest level has streams.
         chunk: prompt tokens of one prefill call.
+        prefill_seconds: as of `Scheduler`.
         threads: intra-operator threads (onnxruntime only); None: its own choice.
         progress: called with (what, levels done, of).
 
@@ -50,7 +52,9 @@ def bench_engine(
     )
     load = _Load()
     tokenizer = load_tokenizer(bundle.folder)
-    engine = Engine(executor, load.deliver, tokenizer=tokenizer, chunk=chunk)
+    engine = Engine(
+        executor, load.deliver, tokenizer=tokenizer, chunk=chunk, prefill_seconds=prefill_seconds
+    )
     engine.start()
     levels = []
     try:

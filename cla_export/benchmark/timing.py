@@ -12,7 +12,7 @@ from cla_export.benchmark.cells import WARM, Cell
 from cla_export.benchmark.results import Row
 from cla_export.bundle import Bundle
 from cla_export.engines.executor import Executor
-from cla_export.engines.opening import backend_of, open_executor
+from cla_export.engines.opening import backend_of, cache_dtype, open_executor
 from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.errors import BadInput
 from cla_export.floor import kv_bytes
@@ -47,7 +47,7 @@ def time_cell(
         )
     decoding = cell.phase == "decode"
     times = list((decode_ms if decoding else prefill_ms)(executor, cell))
-    ms, dtype = median(times), "float32" if runs_on == "torch" else bundle.dtype
+    ms, dtype = median(times), cache_dtype(bundle, runs_on)
     low, high = np.percentile(times, (10, 90)).tolist()
     return Row(
         phase=cell.phase,

@@ -37,6 +37,10 @@ def bench_server(
     slots: Annotated[
         int | None, typer.Option(help="Of a bundle's engine; by default the most streams.")
     ] = None,
+    chunk: Annotated[int, typer.Option(help="Of a bundle's engine, as of serve.")] = 64,
+    prefill_budget: Annotated[
+        float | None, typer.Option(help="Of a bundle's engine, as of serve.")
+    ] = None,
     threads: Threads = None,
     output: Annotated[Path | None, typer.Option(help="File for the result, as JSON.")] = None,
     csv: Annotated[
@@ -73,7 +77,15 @@ def bench_server(
         if Path(target).is_dir():
             from cla_export.benchmark.engine_load import bench_engine
 
-            found = bench_engine(target, work, slots=slots, threads=threads, progress=progress)
+            found = bench_engine(
+                target,
+                work,
+                slots=slots,
+                chunk=chunk,
+                prefill_seconds=None if prefill_budget is None else prefill_budget / 1e3,
+                threads=threads,
+                progress=progress,
+            )
         else:
             from cla_export.benchmark import server
 

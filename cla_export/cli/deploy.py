@@ -11,6 +11,6 @@ group = typer.Typer(
 )
 app.add_typer(group)
 
-COMMANDS = ("ray", "triton")
+COMMANDS = ("ray", "triton", "kubernetes")
 for _name in COMMANDS:
     import_module(f"cla_export.cli.deploy_{_name}")

@@ -13,6 +13,7 @@ from cla_export.cli.serve_options import (
     KvMemory,
     MaxLen,
     MaxQueuedRequests,
+    PrefillBudget,
     RequestTimeout,
     Slots,
 )
@@ -35,6 +36,7 @@ def triton(
     kv_memory: KvMemory = None,
     max_len: MaxLen = None,
     chunk: Chunk = 64,
+    prefill_budget: PrefillBudget = None,
     threads: Threads = None,
     max_queued_requests: MaxQueuedRequests = 256,
     request_timeout: RequestTimeout = 600.0,
@@ -59,6 +61,7 @@ def triton(
         kv_memory=kv_memory,
         max_len=max_len,
         chunk=chunk,
+        prefill_budget=prefill_budget,
         threads=threads,
         max_queued_requests=max_queued_requests,
         request_timeout=request_timeout,

@@ -10,6 +10,7 @@ from cla_export.cli.app import app
 from cla_export.cli.options import (
     AsJson,
     AttentionChoice,
+    CacheDType,
     DType,
     Force,
     Module,
@@ -33,6 +34,14 @@ def export(
     quantize: Annotated[
         Quantize | None, typer.Option(help="Weights alone, in blocks of 32; target onnxruntime.")
     ] = None,
+    kv_cache: Annotated[
+        CacheDType | None,
+        typer.Option(help="Caches alone, with scales from a text; target onnxruntime in fp32."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="That text; by default the model folder's heldout.txt, or random ids."),
+    ] = None,
     attention: Annotated[
         AttentionChoice | None,
         typer.Option(help="TensorRT targets: its own kernels, or the fused plugin."),
@@ -55,6 +64,8 @@ def export(
             target=target.value,
             dtype=dtype.value,
             quantize=None if quantize is None else quantize.value,
+            kv_cache=None if kv_cache is None else kv_cache.value,
+            calibration=calibration,
             attention=None if attention is None else attention.value,
             module=importable(module),
             weights=weights.value,
@@ -67,7 +78,7 @@ def export(
     console = console_for()
     console.print(f"[bold green]exported[/] {dest}: {bundle.layout.describe()}", highlight=False)
     own, dense = (
-        layout.bytes_per_token(bundle.dtype)
+        layout.bytes_per_token(bundle.cache_dtype)
         for layout in (bundle.layout, bundle.layout.dense_twin())
     )
     console.print(

@@ -47,6 +47,12 @@ class Quantize(StrEnum):
     int8 = "int8"
 
 
+class CacheDType(StrEnum):
+    """Dtype of caches, where it is not that of everything else."""
+
+    int8 = "int8"
+
+
 class WeightsChoice(StrEnum):
     """Where a bundle has its weights from."""
 

@@ -122,7 +122,7 @@ def make_setups(
     length = case_length(bundle.layout, positions)
     near = make_cases(length, stream, seed)
     near.append(token_case(length, bundle.vocab_size, bundle.special_tokens()))
-    reach = far_positions(bundle.layout, bundle.dtype, positions)
+    reach = far_positions(bundle.layout, bundle.cache_dtype, positions)
     far = [far_case(reach, stream)] if made_up else []
     long = long_case(reach, stream)
     if length < long.positions and weights * long.positions <= _LONG_WORK:

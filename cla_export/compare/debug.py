@@ -35,6 +35,7 @@ from cla_export.compare.report import DebugFiles, ParityReport
 from cla_export.compare.runners import held_before
 from cla_export.compare.thresholds import Threshold
 from cla_export.errors import BadInput
+from cla_export.kv_scales import PARTS, to_int8
 from cla_export.linked_weights import read_in_place
 from cla_export.rewrite.keep_last_logits import KEEP
 
@@ -97,7 +98,15 @@ def write_call(
     got = {names[key]: value for key, value in recorded.outputs.items()}
     got |= {**recorded.presents, "logits": recorded.logits}
     expected = {name: array.copy() for name, array in got.items()}
-    tolerances = {name: limits[name.replace("present", "cache")] for name in recorded.presents}
+    scales = {
+        f"present.{group}.{part}": scale
+        for group, pair in enumerate(sides.native.scales or ())
+        for part, scale in zip(PARTS, pair, strict=True)
+    }
+    tolerances = {
+        name: limits[name.replace("present", "cache")] / float(np.min(scales.get(name, 1.0)))
+        for name in recorded.presents
+    }
     tolerances["logits"] = limits["logits"]
     call = executor.calls[number]
     for row, episode in enumerate(episodes_of(executor.calls, case)[number]):
@@ -117,10 +126,12 @@ def write_call(
         kept = min(recorded.keep, len(call.tokens[row]))
         expected["logits"][row, :kept] = logits[span.stop - kept : span.stop]
         for group, pair in enumerate(groups):
-            for part, values in zip(("key", "value"), pair, strict=True):
-                cache = expected[f"present.{group}.{part}"][row]  # [Hkv, C, D]
+            for part, values in zip(PARTS, pair, strict=True):
+                name = f"present.{group}.{part}"
+                cache = expected[name][row]  # [Hkv, C, D]
                 whole = values[: span.stop].transpose(1, 0, 2)
-                cache[:, episode.held : episode.held + span.stop] = whole
+                as_held = to_int8(whole, scales[name]) if name in scales else whole
+                cache[:, episode.held : episode.held + span.stop] = as_held
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         save_json([recorded.inputs], str(folder / "inputs.json"))
         for name, runner, outputs in (("expected", "pytorch", expected), ("got", "bundle", got)):

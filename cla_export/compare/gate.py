@@ -19,6 +19,7 @@ from cla_export.compare.baseline import read_baseline, regressions
 from cla_export.compare.cases import Case, Setup, case_length, make_setups, shape_of
 from cla_export.compare.debug import call_of_interest, check_debug_dir, write_call
 from cla_export.compare.greedy import compare_greedy
+from cla_export.compare.int8_caches import find_scales, made_up
 from cla_export.compare.marks import Call, MarkedExecutor
 from cla_export.compare.perplexity import compare_perplexity, perplexity
 from cla_export.compare.reading import read_bundle, use_quantized
@@ -33,9 +34,9 @@ from cla_export.compare.replay import (
 )
 from cla_export.compare.report import ParityReport, TensorResult
 from cla_export.compare.results import tensor_result
+from cla_export.compare.routing import routed
 from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
-from cla_export.compare.text import SEED, token_stream
-from cla_export.compare.thresholds import Threshold, threshold_of
+from cla_export.compare.thresholds import Threshold, thresholds_of
 from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.executor import Executor
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor, graph_of
@@ -45,12 +46,14 @@ from cla_export.environment import processor
 from cla_export.errors import BadInput, BundleError, RunError
 from cla_export.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from cla_export.models.decoder import Decoder
+from cla_export.tokenizer import SEED, token_stream
 
 _TOOLS = ("torch", "onnxruntime", "onnx", "polygraphy", "numpy")
 _HELD = 64  # tokens whose keys and values stand in for a long context's, over and over
 _ONE_THREAD = 2**24  # parameters
 _ON_GPU = 8192  # tokens a slot holds there, at most
 _SLOTS = 8  # there: more than any case needs
+_INT8 = 8  # bits of experts' weights whose products round what they multiply
 _SHOWN = "decode"  # the case whose layers are shown where nothing fails
 _SPELT = "the module spells its attention out, where PyTorch has no keys and values to show"
 
@@ -117,9 +120,11 @@ def compare_bundle(
     whole_rows = checkpoint.spec.spelt_attention
     if debug_dir is not None:
         _check_inside(debug_dir, executor, whole_rows=whole_rows)
-    stream, origin = token_stream(bundle, text, seed)
+    stream, origin = token_stream(bundle.folder, bundle.vocab_size, text, seed)
     weights = bundle.quantization
-    arithmetic, threshold = threshold_of(bundle.dtype, weights.name if weights else None)
+    arithmetic, threshold, inside = thresholds_of(
+        bundle.dtype, weights.name if weights else None, bundle.cache_dtype
+    )
     report = ParityReport(
         bundle=str(bundle.folder),
         reference=str(folder),
@@ -141,12 +146,22 @@ def compare_bundle(
         plain = Reference.of(model, None, None).exact
         unquantized = perplexity(plain.logits, stream, report.length)
     with _torch_threads(model):
-        sides = _sides(bundle, checkpoint, model, report)
+        sides = _sides(bundle, checkpoint, model, stream, report)
         size = sum(parameter.numel() for parameter in model.parameters())
         setups = make_setups(bundle, positions, stream, seed, size, made_up=not whole_rows)
         held = _made_up(sides, stream, min(_HELD, positions), bundle.dtype)
         run = _Run(
-            bundle, sides, threshold, held, setups, onnxruntime, executor, threads, report, progress
+            bundle,
+            sides,
+            threshold,
+            inside,
+            held,
+            setups,
+            onnxruntime,
+            executor,
+            threads,
+            report,
+            progress,
         )
         run.compare()
         run.generate(stream, unquantized)
@@ -193,6 +208,7 @@ class _Run:
     bundle: Bundle
     sides: Reference
     threshold: Threshold
+    inside: Threshold  # of what layers make, where caches are given
     held: GroupKV
     setups: tuple[Setup, Setup]  # near and far
     onnxruntime: type[OnnxRuntimeExecutor]
@@ -289,8 +305,8 @@ class _Run:
 
     def _steps(self, executor: MarkedExecutor, case: Case) -> tuple[list[Difference], list[Call]]:
         calls = run_marked(executor, case, self.held)
-        layout, sides, threshold = self.bundle.layout, self.sides, self.threshold
-        return list(differences(calls, layout, sides, threshold, case, self.held)), calls
+        layout, sides = self.bundle.layout, self.sides
+        return list(differences(calls, layout, sides, self.inside, case, self.held)), calls
 
     def _leave(self, folder: Path, setup: Setup, case: Case) -> None:
         """Write the call that went wrong to a folder."""
@@ -305,7 +321,7 @@ class _Run:
         )
 
     def _open(self, setup: Setup) -> Executor:
-        executor = self.executor or self.onnxruntime(
+        executor = self.executor or routed(self.onnxruntime, self.bundle)(
             self.bundle,
             capacity=setup.capacity,
             slots=setup.slots,
@@ -316,15 +332,14 @@ class _Run:
         return executor
 
     def _compare_case(self, case: Case, executor: Executor) -> list[TensorResult]:
-        runners = [
-            TorchRunner(self.sides.exact, self.held),
-            ExecutorRunner(executor, self.held, caches=not self.whole_rows),
-        ]
+        first = ExecutorRunner(executor, self.held, caches=not self.whole_rows)
+        runners = [first, TorchRunner(self.sides.exact, self.held, first.routes)]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
             runs = Comparator.run(runners, data_loader=[case.feed])
-            expected, got = (iterations[0] for _, iterations in runs.items())
+            got, expected = (iterations[0] for _, iterations in runs.items())
             natives = [
-                TorchRunner(side, self.held).run_case(case.feed) for side in self.sides.yardstick
+                TorchRunner(side, self.held, first.routes).run_case(case.feed)
+                for side in self.sides.yardstick
             ]
             keys = case.positions if case.positions > self.setups[0].capacity else 0
             allowed = {
@@ -354,7 +369,11 @@ class _Run:
 
 
 def _sides(
-    bundle: Bundle, checkpoint: Checkpoint, model: Decoder, report: ParityReport
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    model: Decoder,
+    stream: Sequence[int],
+    report: ParityReport,
 ) -> Reference:
     """Both sides, with the weights that the bundle's stand for; faults go into the report."""
     reading = read_bundle(bundle, model)
@@ -364,7 +383,12 @@ def _sides(
     if bundle.dtype != "float32":
         rounded = load_model(checkpoint, getattr(torch, bundle.dtype))
         use_quantized(rounded, reading)
-    return Reference.of(model, rounded, bundle.quantization)
+    scales, faults = find_scales(bundle, model, stream)
+    report.faults += faults
+    how, experts = bundle.quantization, bundle.manifest.get("experts")
+    quantized = isinstance(experts, dict) and experts["operator"] == "QMoE"
+    rounds_experts = quantized and how is not None and how.bits == _INT8
+    return Reference.of(model, rounded, how, scales, rounds_experts=rounds_experts)
 
 
 @contextmanager
@@ -410,11 +434,14 @@ def _made_up(sides: Reference, stream: Sequence[int], count: int, dtype: str) ->
     """Keys and values of some tokens, as the bundle's dtype holds them, in float32; see `Side`."""
     tokens = np.resize(np.asarray(stream, np.int64), count)
     kind = getattr(torch, dtype)
+    groups = sides.exact.forward(tokens)[1]
+    if sides.native.scales is not None:
+        return made_up(groups, sides.native.scales)
 
     def stored(part: np.ndarray) -> np.ndarray:
         return torch.from_numpy(part).to(kind).float().numpy()
 
-    return [(stored(key), stored(value)) for key, value in sides.exact.forward(tokens)[1]]
+    return [(stored(key), stored(value)) for key, value in groups]
 
 
 def _tools(executor: Executor | None) -> dict[str, str]:

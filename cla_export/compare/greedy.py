@@ -6,6 +6,7 @@ import numpy as np
 
 from cla_export.compare.reference import Side
 from cla_export.compare.report import GreedyResult
+from cla_export.compare.routing import Routes, routes_of
 from cla_export.compare.thresholds import GREEDY_TOKENS
 from cla_export.engines.executor import Executor
 
@@ -32,12 +33,15 @@ def compare_greedy(
             tokens.append(int(logits.argmax()))
             if step + 1 < count:
                 logits = executor.decode([0], tokens[-1:], [len(tokens) - 1])[0]
-        results.append(_judge(exact, prompt, tokens, length, tie))
+        routes = routes_of(executor, 0, 0, len(tokens) - 1)
+        results.append(_judge(exact, prompt, tokens, length, tie, routes))
     return results
 
 
-def _judge(exact: Side, prompt: int, tokens: list[int], length: int, tie: float) -> GreedyResult:
-    reference = exact.logits(np.array(tokens, np.int64))[length - 1 : -1]
+def _judge(
+    exact: Side, prompt: int, tokens: list[int], length: int, tie: float, routes: Routes
+) -> GreedyResult:
+    reference = exact.logits(np.array(tokens[:-1], np.int64), routes)[length - 1 :]
     chosen = np.array(tokens[length:])
     agree = reference.argmax(-1) == chosen
     gaps = reference.max(-1) - reference[np.arange(len(chosen)), chosen]

@@ -7,15 +7,16 @@ branch.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from cla_export.bundle import Bundle
-from cla_export.compare.probe import Key
+from cla_export.compare.probe import CACHES, Key
 from cla_export.compare.report import ROLES
+from cla_export.compare.routing import ROUTER, routes_of
 from cla_export.compare.runners import cache_rows
 from cla_export.engines.executor import Logits
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
@@ -25,7 +26,7 @@ ATTENTION = ("Attention", "GroupQueryAttention", "ClaAttention")
 _NEW_TOKENS = {"TensorScatter": 1, "ClaAppend": 2}  # where what enters the first cache stands
 _BRANCHES = {"attn": "attention_branch", "mlp": "mlp"}
 Arrays = dict[str, NDArray[np.generic]]
-Row = dict[Key, NDArray[np.float32]]  # [tokens of the row, width]
+Row = dict[Key, NDArray[Any]]  # [tokens of the row, width]; of a router, the experts it chose
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class MarkedExecutor(OnnxRuntimeExecutor):
             outputs = {key: value.copy() for key, value in zip(self.marks, marked, strict=True)}
             presents = self._pools_of(first, len(counts), "present")
             self.recorded = Recorded(keep, inputs, logits.copy(), outputs, presents)
-        rows = tuple(
+        rows: tuple[Row, ...] = tuple(
             {
                 key: tokens_first(value[row])[: counts[row]]
                 for key, value in zip(self.marks, marked, strict=True)
@@ -94,6 +95,13 @@ class MarkedExecutor(OnnxRuntimeExecutor):
             for row in range(len(counts))
         )
         ends = (starts + counts).tolist()
+        caches = tuple(cache_rows(self, first + row, 0, end) for row, end in enumerate(ends))
+        if self.scales is not None:  # attention reads what they hold, which is not what went in
+            for row, start, held in zip(rows, starts, caches, strict=True):
+                row.update(self._held_of(held, int(start)))
+        for i, values in enumerate(rows):
+            chosen = routes_of(self, first + i, int(starts[i]), ends[i])
+            values |= {(layer, ROUTER): experts for layer, experts in chosen.items()}
         call = Call(
             first,
             tuple(starts.tolist()),
@@ -101,10 +109,19 @@ class MarkedExecutor(OnnxRuntimeExecutor):
                 tuple(ids[:count].tolist()) for ids, count in zip(input_ids, counts, strict=True)
             ),
             rows,
-            tuple(cache_rows(self, first + row, 0, end) for row, end in enumerate(ends)),
+            caches,
         )
         self.calls.append(call)
         return logits
+
+    def _held_of(self, caches: list[NDArray[np.float32]], start: int) -> Row:
+        """The caches' roles, from place `start` on."""
+        roles = CACHES.values()
+        return {
+            (group.owner, role): held[start:].reshape(len(held) - start, -1)
+            for group in self.layout.groups
+            for role, held in zip(roles, caches[2 * group.index : 2 * group.index + 2], strict=True)
+        }
 
     def _inputs(
         self,
@@ -170,7 +187,7 @@ def _around(node: ir.Node, scattered: set[ir.Value]) -> dict[str, ir.Value]:
     q, key, value = node.inputs[:3]
     new: list[ir.Value | None] = []
     if node.op_type == "GroupQueryAttention":
-        new = [key, value] if len(node.outputs) > 1 else []
+        new = [key, value] if any(made.is_graph_output() for made in node.outputs[1:]) else []
     else:
         for present in (key, value):
             scatter = present.producer() if present is not None else None

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from cla_export.compare.metrics import log_softmax
 from cla_export.compare.reference import Side
 from cla_export.compare.report import PerplexityResult
+from cla_export.compare.routing import Routes, routes_of
 from cla_export.engines.executor import Executor
 
 _SCORED = 2048  # tokens of the text, at most
@@ -21,14 +22,18 @@ def compare_perplexity(
     scored = np.asarray(stream[:_SCORED], np.int64)
     window = executor.capacity
 
+    taken: list[Routes] = []  # in each window
+
     def read(tokens: NDArray[np.int64]) -> NDArray[np.floating]:
         half = max(1, len(tokens) // 2)
         pieces = [(0, tokens[:half]), (half, tokens[half:])]
-        return np.concatenate(
-            [executor.prefill(0, part.tolist(), at, keep=len(part)) for at, part in pieces]
-        )
+        logits = [executor.prefill(0, part.tolist(), at, keep=len(part)) for at, part in pieces]
+        taken.append(routes_of(executor, 0, 0, len(tokens)))
+        return np.concatenate(logits)
 
-    theirs, ours = (perplexity(side, scored, window) for side in (exact.logits, read))
+    ours = perplexity(read, scored, window)
+    ways = iter(taken)
+    theirs = perplexity(lambda tokens: exact.logits(tokens, next(ways)), scored, window)
     difference = abs(ours - theirs) / theirs
     return PerplexityResult(
         text=f"{origin}, windows of {window}",

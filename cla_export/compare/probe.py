@@ -5,19 +5,20 @@ layers accumulated cannot hide it, and a step that is right stays right behind o
 
     q, k, v             from the layer's input
     key and value cache from k and v (no arithmetic: they must be the same)
-    attention           from q and the caches
+    attention           from q and the caches; int8 ones as the bundle has them
     attention_branch    from attention: the output projection
     mlp                 from the input and the attention branch
     output              from those two and mlp
 
-Attention is caught where the module calls scaled_dot_product_attention, so q, k, v and its output
-do not depend on how a family names its parts; how much it feels errors in its scores is measured
-there too, since runtimes differ in where they round those. The branches are caught at the modules
-that nearly all families call `self_attn` and `mlp`; where there are none, those steps run on into
-the next.
+Attention is caught where the module calls scaled_dot_product_attention, or ours with a soft cap,
+so q, k, v and its output do not depend on how a family names its parts; how much it feels errors in
+its scores is measured there too, since runtimes differ in where they round those. The branches are
+caught at the modules that nearly all families call `self_attn` and `mlp`; where there are none,
+those steps run on into the next.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from cla_export.compare.reference import Exact, GroupKV, Side
+from cla_export.compare.routing import ROUTER, Routes
+from cla_export.models.capped_attention import capped_attention
 
 CACHES = {"k": "key_cache", "v": "value_cache"}  # what goes in, and what is there afterwards
 Key = tuple[int, str]  # layer and role
@@ -59,7 +62,7 @@ class _Steps(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401  # whatever PyTorch returns
         del types
-        if func is not F.scaled_dot_product_attention:
+        if func not in (F.scaled_dot_product_attention, capped_attention):
             return func(*args, **(kwargs or {}))
         layer, self._layer = self._layer, self._layer + 1
         owner = self._owners[layer]
@@ -76,6 +79,9 @@ class _Steps(TorchFunctionMode):
         """Record [1, H, T, D] of the row's tokens; return it with the bundle's in their place."""
         new = value[:, :, -self._count :]
         self.found.setdefault(key, _tokens_first(new))
+        layer, role = key
+        stored = (layer, CACHES.get(role, role))  # there where caches round what they hold
+        key = stored if stored in self._forced else key
         if key not in self._forced:
             return value
         heads = torch.from_numpy(self._forced[key]).to(value.dtype)  # [S, H * D]
@@ -107,12 +113,14 @@ def torch_tensors(
     forced: Mapping[Key, Array],
     held: GroupKV | None = None,
     *,
+    routes: Routes | None = None,
     feel: bool = False,
 ) -> tuple[Tensors, Sensitivity]:
     """Every step of every layer for one row of tokens [S], each from what is in `forced`.
 
     `forced` holds what the bundle made, (layer, role) -> [S, width]; a step of which it lacks the
     input goes on from PyTorch's own. With `feel`, also each attention's sensitivity to its scores.
+    With `routes`, routers choose these; what they have scored [S, experts] is there by their role.
     """
     layout = side.model.spec.layout
     steps = _Steps(layout.kv_owner, forced, len(tokens), feel=feel)
@@ -123,11 +131,13 @@ def torch_tensors(
             if isinstance(part := getattr(layer, name, None), nn.Module):
                 handles.append(part.register_forward_hook(steps.of_module((index, role))))
     try:
-        with steps:
+        with side.follow(routes) if routes else nullcontext() as followed, steps:
             side.forward(tokens, held)
     finally:
         for handle in handles:
             handle.remove()
+    if followed is not None:
+        steps.found |= {(layer, ROUTER): found for layer, found in followed.scores.items()}
     return steps.found, steps.sensitivity
 
 
@@ -141,6 +151,7 @@ def _sensitivity(
     is_causal: bool = False,  # the arguments of attention itself
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
 ) -> float:
     """How far an element of attention moves, at most, where each score is off by its own size.
 
@@ -149,18 +160,19 @@ def _sensitivity(
     del dropout_p, enable_gqa
     heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
     repeat = heads // k.shape[1]
-    allowed = torch.ones(queries, keys, dtype=torch.bool).tril() if is_causal else attn_mask
+    causal = is_causal or (softcap is not None and attn_mask is None)
+    allowed = torch.ones(queries, keys, dtype=torch.bool).tril() if causal else attn_mask
     if allowed is not None:
         allowed = allowed.expand(1, heads, queries, keys)
     largest = 0.0
     for head in range(heads):  # one at a time: scores of long prompts are large
         mine, key, value = q[:, head], k[:, head // repeat], v[:, head // repeat]
         scores = mine @ key.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-        masked = scores
+        masked = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         if allowed is not None and allowed.dtype == torch.bool:
-            masked = scores.masked_fill(~allowed[:, head], -torch.inf)
+            masked = masked.masked_fill(~allowed[:, head], -torch.inf)
         elif allowed is not None:
-            masked = scores + allowed[:, head]
+            masked = masked + allowed[:, head]
         weights = masked.softmax(-1) * scores.abs()
         moved = weights @ value.abs() + weights.sum(-1, keepdim=True) * y[:, head].abs()
         largest = max(largest, float(moved.max()))

@@ -2,6 +2,7 @@
 
     exact       in float64, on the very values that the bundle's weights stand for
     native      in the bundle's own arithmetic: its dtype, its rounding of activations
+                and with int8 caches, keys and values as those hold them
     reordered   likewise, with the sums of all linear layers in other orders, and in 16 bits with
                 attention's scores rounded to them, as some runtimes do
 
@@ -14,7 +15,7 @@ small one is there in float64 too; of a large one, weights are widened one modul
 that module runs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,8 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
+from cla_export.compare.rounded_activations import RoundedExperts, hooked, rounded_activations
+from cla_export.compare.routing import Follow, Routes
+from cla_export.kv_scales import LEAST, MOST, Scales
+from cla_export.layout import KVLayout
 from cla_export.models.decoder import KV, Decoder, KVCache
 from cla_export.quantization import Quantization
 
@@ -43,31 +47,43 @@ class Side:
 
     model: Decoder
     arithmetic: Callable[[Decoder], AbstractContextManager[None]]
+    scales: Sequence[Scales] | None = None  # of int8 caches, which keys and values are rounded to
 
     @torch.inference_mode()
     def forward(
-        self, tokens: NDArray[np.int64], held: GroupKV | None = None
+        self,
+        tokens: NDArray[np.int64],
+        held: GroupKV | None = None,
+        routes: Routes | None = None,
     ) -> tuple[Exact, GroupKV]:
         """Logits [S, V] of one row of tokens [S], and each group's new K and V [S, Hkv, D].
 
         None of these where the module spells its attention out; it takes no `held` then.
 
-        `held` is what the groups' caches hold before the row's first token.
+        `held` is what the groups' caches hold before the row's first token; `routes` are the
+        experts that its tokens go to, where not those that the module would choose.
         """
+        if routes:
+            with self.follow(routes):
+                return self.forward(tokens, held)
         start = len(held[0][0]) if held is not None else 0
         ids = torch.from_numpy(tokens)[None]
         positions = torch.arange(start, start + len(tokens))[None]
         with self.arithmetic(self.model):
-            if held is None:
+            if held is None and self.scales is None:
                 logits, groups = self.model.forward_with_kv(ids, positions)
             else:
-                cache = _Held(held)
+                cache = _Held(held or _nothing(self.model.spec.layout), self.scales)
                 logits, groups = self.model(ids, positions, cache), cache.groups
         return _exact(logits[0]), [(_tokens_first(k), _tokens_first(v)) for k, v in groups]
 
-    def logits(self, tokens: NDArray[np.int64]) -> Exact:
+    def follow(self, routes: Routes) -> Follow:
+        """The mode in which the module's routers choose these."""
+        return Follow(routes, list((self.model.spec.routed or {}).values()))
+
+    def logits(self, tokens: NDArray[np.int64], routes: Routes | None = None) -> Exact:
         """Logits [S, V] of one row of tokens [S]."""
-        return self.forward(tokens)[0]
+        return self.forward(tokens, None, routes)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +101,24 @@ class Reference:
 
     @classmethod
     def of(
-        cls, model: Decoder, rounded: Decoder | None, quantization: Quantization | None
+        cls,
+        model: Decoder,
+        rounded: Decoder | None,
+        quantization: Quantization | None,
+        scales: Sequence[Scales] | None = None,
+        *,
+        rounds_experts: bool = False,
     ) -> "Reference":
-        """Sides over a float32 model; `rounded` is it in the bundle's dtype, where not float32."""
+        """Sides over a float32 model; `rounded` is it in the bundle's dtype, where not float32.
+
+        With `rounds_experts` what goes into experts is rounded too (`lower.quantize_experts`).
+        """
 
         def rounding(module: Decoder) -> AbstractContextManager[None]:
-            return _native(module, quantization, None)
+            return _native(module, quantization, None, rounds_experts)
 
         def reordering(part: int) -> Callable[[Decoder], AbstractContextManager[None]]:
-            return lambda module: _native(module, quantization, part)
+            return lambda module: _native(module, quantization, part, rounds_experts)
 
         size = 8 * sum(parameter.numel() for parameter in model.parameters())
         exact = Side(model, _in_float64)
@@ -101,18 +126,10 @@ class Reference:
             exact = Side(deepcopy(model).double(), lambda _: nullcontext())
         own = rounded or model
         return cls(
-            exact, Side(own, rounding), tuple(Side(own, reordering(part)) for part in _PARTS)
+            exact,
+            Side(own, rounding, scales),
+            tuple(Side(own, reordering(part), scales) for part in _PARTS),
         )
-
-
-@contextmanager
-def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Take hooks off again, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -140,7 +157,7 @@ def _in_float64(model: Decoder) -> Iterator[None]:
         elif next(module.parameters(recurse=False), None) is not None:
             handles.append(module.register_forward_pre_hook(widen))
             handles.append(module.register_forward_hook(narrow, always_call=True))
-    with _hooked(handles), _WidenedParameters():
+    with hooked(handles), _WidenedParameters():
         yield
 
 
@@ -173,11 +190,15 @@ def _widened(value: Any) -> Any:  # noqa: ANN401
 
 
 @contextmanager
-def _native(model: Decoder, quantization: Quantization | None, part: int | None) -> Iterator[None]:
+def _native(
+    model: Decoder, quantization: Quantization | None, part: int | None, rounds_experts: bool
+) -> Iterator[None]:
     """The bundle's arithmetic: activations as it rounds them, sums in one part or in two."""
     with ExitStack() as stack:
         if quantization is not None:
-            stack.enter_context(_rounded_activations(model, quantization))
+            stack.enter_context(rounded_activations(model, quantization))
+        if quantization is not None and rounds_experts:
+            stack.enter_context(RoundedExperts(model, quantization))
         if part is not None:
             stack.enter_context(_sums_in_parts(model, part))
         if part is not None and next(model.parameters()).dtype != torch.float32:
@@ -212,39 +233,22 @@ def _sums_in_parts(model: Decoder, part: int) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, nn.Linear)
     ]
-    with _hooked(handles):
-        yield
-
-
-@contextmanager
-def _rounded_activations(model: Decoder, quantization: Quantization) -> Iterator[None]:
-    """Round what goes into every quantised product to int8, a scale for each block of channels."""
-
-    def round_inputs(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        (x,) = inputs
-        size, width = quantization.block, x.shape[-1]
-        padded = nn.functional.pad(x, (0, -width % size)).reshape(*x.shape[:-1], -1, size)
-        step = padded.abs().amax(-1, keepdim=True) / 127
-        rounded: Tensor = (padded / step.clamp(min=torch.finfo(x.dtype).tiny)).round() * step
-        return rounded.flatten(-2)[..., :width]
-
-    handles = [
-        module.register_forward_pre_hook(round_inputs)
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    with _hooked(handles):
+    with hooked(handles):
         yield
 
 
 class _Held:
-    """A KVCache of one row that holds made-up tokens before the row's own."""
+    """A KVCache of one row that holds made-up tokens, or none, before the row's own."""
 
-    def __init__(self, held: GroupKV) -> None:
+    def __init__(self, held: GroupKV, scales: Sequence[Scales] | None) -> None:
         self._held = held
+        self._scales = scales
         self.groups: list[KV] = []  # what came since
 
     def update(self, group: int, key: Tensor, value: Tensor) -> KV:
+        if self._scales is not None:
+            of_keys, of_values = self._scales[group]
+            key, value = _as_int8(key, of_keys), _as_int8(value, of_values)
         self.groups.append((key, value))
         old = (torch.from_numpy(part).transpose(0, 1)[None] for part in self._held[group])
         whole = [torch.cat((a.to(b.dtype), b), 2) for a, b in zip(old, (key, value), strict=True)]
@@ -254,6 +258,18 @@ class _Held:
         distance = position_ids[:, None, :, None] - torch.arange(int(position_ids.max()) + 1)
         allowed = distance >= 0
         return allowed if window is None else allowed & (distance < window)
+
+
+def _nothing(layout: KVLayout) -> GroupKV:
+    """Keys and values of no tokens."""
+    empty = [np.zeros((0, group.kv_heads, group.head_dim)) for group in layout.groups]
+    return list(zip(empty, empty, strict=True))
+
+
+def _as_int8(value: Tensor, scale: NDArray[np.float32]) -> Tensor:
+    """What an int8 cache holds of [1, H, S, D]."""
+    step = torch.from_numpy(scale).to(value.dtype)
+    return (value / step).round().clamp(LEAST, MOST) * step
 
 
 def _exact(value: Tensor) -> Exact:

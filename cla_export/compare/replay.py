@@ -6,8 +6,9 @@ tolerance that each layer takes in each call is the map that the report draws.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,17 @@ from cla_export.compare.marks import Call, MarkedExecutor, marked
 from cla_export.compare.probe import CACHES, Key, Sensitivity, Tensors, torch_tensors
 from cla_export.compare.reference import GroupKV, Reference
 from cla_export.compare.report import ROLES, Divergence, LayerErrors, LayerMap
+from cla_export.compare.routing import ROUTER, routed
 from cla_export.compare.runners import ExecutorRunner, fill_with_garbage, held_before
 from cla_export.compare.thresholds import Threshold
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
+from cla_export.kv_scales import LEAST, MOST, Scales
 from cla_export.layout import KVLayout
 
+_HALF = 0.5 * (
+    1 + 2.0**-15
+)  # of a step: the quotient that is rounded has 24 bits, 7 of them before
+# the point
 _ENOUGH = 32  # tokens whose mean error says something
 
 
@@ -61,7 +68,7 @@ class Episode:
     tokens: list[int]
     row: int  # of the case
     held: int  # made-up tokens before
-    made: dict[Key, list[NDArray[np.float32]]] = field(default_factory=dict)  # by the bundle
+    made: dict[Key, list[NDArray[Any]]] = field(default_factory=dict)  # by the bundle
     expected: Tensors = field(default_factory=dict)
     natives: list[Tensors] = field(default_factory=list)
     sensitivity: Sensitivity = field(default_factory=dict)
@@ -71,7 +78,7 @@ class Episode:
         made = {key: [whole[:length]] for key, whole in self.whole().items()} if length else {}
         return Episode(self.tokens[:length], self.row, self.held, made)
 
-    def whole(self) -> dict[Key, NDArray[np.float32]]:
+    def whole(self) -> dict[Key, NDArray[Any]]:
         """What the bundle made of all the tokens, [S, width]."""
         return {key: np.concatenate(parts) for key, parts in self.made.items()}
 
@@ -79,13 +86,21 @@ class Episode:
         """Recompute every step in PyTorch, on both sides."""
         row, forced = np.array(self.tokens, np.int64), self.whole()
         forced = {key: value for key, value in forced.items() if np.isfinite(value).all()}
+        routes = {layer: forced.pop((layer, ROUTER)) for layer, role in [*forced] if role == ROUTER}
         side = reference.exact
-        self.expected, self.sensitivity = torch_tensors(side, row, forced, before, feel=True)
-        self.natives = [torch_tensors(s, row, forced, before)[0] for s in reference.yardstick]
+        self.expected, self.sensitivity = torch_tensors(
+            side, row, forced, before, routes=routes, feel=True
+        )
+        sides = [replace(side, scales=None) for side in reference.yardstick]  # caches are given
+        self.natives = [torch_tensors(s, row, forced, before, routes=routes)[0] for s in sides]
         for role, cache in CACHES.items():
             for layer in [layer for layer, found in self.expected if found == role]:
                 own = forced.get((layer, role))
                 exact = self.expected[layer, role] if own is None else own.astype(np.float64)
+                if (scales := reference.native.scales) is not None:
+                    group = reference.exact.model.spec.layout.group_of(layer)
+                    step = _step(scales[group], cache)
+                    exact = exact.clip(LEAST * step, MOST * step)
                 for tensors in (self.expected, *self.natives):
                     tensors[layer, cache] = exact
 
@@ -102,7 +117,7 @@ def open_marked(
 
     `stock` says which of a bundle's graphs, as for OnnxRuntimeExecutor.
     """
-    executor = marked(engine)(
+    executor = marked(routed(engine, bundle))(
         bundle, capacity=setup.capacity, slots=setup.slots, record=record, stock=stock
     )
     fill_with_garbage(executor)
@@ -124,7 +139,11 @@ def differences(
     case: Case,
     held: GroupKV,
 ) -> Iterator[Difference]:
-    """Every comparison, in the order that values are computed."""
+    """Every comparison, in the order that values are computed.
+
+    What an int8 cache holds may be half a step from what it was given: only more is an error.
+    """
+    scales = reference.native.scales
     for number, (call, episodes) in enumerate(zip(calls, episodes_of(calls, case), strict=True)):
         for episode in episodes:
             if not episode.expected:
@@ -141,7 +160,14 @@ def differences(
                 keys, scores = 0, 0.0
                 if role == "attention":
                     keys, scores = episode.held + len(whole), episode.sensitivity[layer]
+                tolerance = threshold.of(whole, natives, keys, scores)
+                if role == ROUTER:
+                    got, expected = _choice(got, expected)
+                    tolerance *= 2  # each of two scores may be off
                 error = np.abs(got - expected)
+                if scales is not None and role in CACHES.values():
+                    error -= _rounding(scales[layout.group_of(layer)], role)
+                    error = error.clip(0)  # NaN stays
                 error[~np.isfinite(error)] = np.inf
                 yield Difference(
                     call=number,
@@ -152,9 +178,22 @@ def differences(
                     got=got,
                     expected=expected,
                     error=error,
-                    tolerance=threshold.of(whole, natives, keys, scores),
+                    tolerance=tolerance,
                     mean_tolerance=threshold.mean_of(whole, natives[0]),
                 )
+
+
+def _choice(
+    chosen: NDArray[np.int64], scores: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """The least score [S, 1] among experts chosen [S, k], and the least that it should be.
+
+    That is the greatest of those that were not chosen, where it is more.
+    """
+    least = np.take_along_axis(scores, chosen, 1).min(1, keepdims=True)
+    others = scores.copy()
+    np.put_along_axis(others, chosen, -np.inf, 1)
+    return least.astype(np.float32), np.maximum(least, others.max(1, keepdims=True))
 
 
 def episodes_of(calls: list[Call], case: Case) -> list[list[Episode]]:
@@ -180,9 +219,19 @@ def episodes_of(calls: list[Call], case: Case) -> list[list[Episode]]:
     return found
 
 
+def _step(scales: Scales, role: str) -> NDArray[np.float64]:
+    """Of an int8 cache, by channel, [Hkv * D]."""
+    return scales[list(CACHES.values()).index(role)].astype(np.float64).ravel()
+
+
+def _rounding(scales: Scales, role: str) -> NDArray[np.float64]:
+    """How far what an int8 cache holds may be from what it was given, by channel."""
+    return _step(scales, role) * _HALF
+
+
 def _got(
     call: Call, row: int, layer: int, role: str, layout: KVLayout, held: int
-) -> NDArray[np.float32] | None:
+) -> NDArray[Any] | None:
     """What the bundle made, [tokens, width]; the caches' roles are of owners alone."""
     if role not in CACHES.values():
         return call.rows[row].get((layer, role))

@@ -15,6 +15,7 @@ ROLES = {  # of tensors within a layer, in the order they are computed
     "value_cache": "value cache after the call",
     "attention": "attention output",
     "attention_branch": "output projection",
+    "router": "router's choice, by its scores",
     "mlp": "MLP output",
     "output": "layer output",
 }

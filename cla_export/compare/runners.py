@@ -21,10 +21,11 @@ from polygraphy.common import TensorMetadata
 
 from cla_export.compare.cases import INPUTS, Feed, earlier_request, rows_of
 from cla_export.compare.reference import GroupKV, Side
+from cla_export.compare.routing import Routes, routes_of
 from cla_export.engines.executor import Executor
 from cla_export.layout import KVLayout
 
-_LOUD = 16.0  # times as large; a power of two rounds nothing
+LOUD = 16.0  # times as large; a power of two rounds nothing
 _EDGE = 8  # places, as many as a row has tokens
 Outputs = OrderedDict[str, NDArray[np.floating]]
 
@@ -56,18 +57,24 @@ class _CaseRunner(BaseRunner, ABC):  # type: ignore[misc]  # polygraphy ships no
 
 
 class TorchRunner(_CaseRunner):
-    """The reference: every row recomputed from its first token, without any cache of its own."""
+    """The reference: every row recomputed from its first token, without any cache of its own.
 
-    def __init__(self, side: Side, held: GroupKV) -> None:
+    `routes` are where the rows' tokens went in the bundle's run of the case, read when this one's
+    begins.
+    """
+
+    def __init__(self, side: Side, held: GroupKV, routes: Sequence[Routes] = ()) -> None:
         super().__init__("pytorch", held)
         self._side = side
+        self._routes = routes
 
     def run_case(self, feed: Feed) -> Outputs:
         layout = self._side.model.spec.layout
         logits, caches = [], []
         for row, (tokens, first) in enumerate(zip(rows_of(feed), feed["logits_from"], strict=True)):
             held = held_before(self._held, int(feed["held"][row]), layout)
-            row_logits, groups = self._side.forward(tokens, held)
+            routes = self._routes[row] if self._routes else None
+            row_logits, groups = self._side.forward(tokens, held, routes)
             logits.append(row_logits[int(first) :])
             caches.append([part for pair in groups for part in pair])
         return _outputs(logits, caches)
@@ -76,15 +83,18 @@ class TorchRunner(_CaseRunner):
 class ExecutorRunner(_CaseRunner):
     """A bundle: prompts, chunks and steps as a server would run them.
 
-    Without `caches`, logits alone are returned.
+    Without `caches`, logits alone are returned. `routes` are where each row's tokens went in the
+    last case, if the executor knows.
     """
 
     def __init__(self, executor: Executor, held: GroupKV, *, caches: bool = True) -> None:
         super().__init__("bundle", held)
         self._executor = executor
         self._caches = caches
+        self.routes: list[Routes] = []
 
     def run_case(self, feed: Feed) -> Outputs:
+        self.routes.clear()
         if feed["held"].any():
             return self._run_far(feed)
         executor, rows = self._executor, rows_of(feed)
@@ -111,6 +121,9 @@ class ExecutorRunner(_CaseRunner):
             tokens = [int(row[n]) for row, n in zip(rows, lengths, strict=True)]
             for index, row_logits in enumerate(executor.decode(slots, tokens, lengths)):
                 logits[index].append(row_logits[None])
+        self.routes += [
+            routes_of(executor, slot, 0, len(row)) for slot, row in zip(slots, rows, strict=True)
+        ]
         caches = [
             cache_rows(executor, slot, 0, len(row)) if self._caches else []
             for slot, row in zip(slots, rows, strict=True)
@@ -129,6 +142,7 @@ class ExecutorRunner(_CaseRunner):
                 made.append(executor.decode([0], [token], [at]))
             logits.append(np.concatenate(made))
             caches.append(cache_rows(executor, 0, held, held + len(tokens)))
+            self.routes.append(routes_of(executor, 0, held, held + len(tokens)))
         return _outputs(logits, caches)
 
 
@@ -174,7 +188,7 @@ def held_before(kv: GroupKV, length: int, layout: KVLayout) -> GroupKV | None:
     if not length:
         return None
     return [
-        (_repeat(key, length, 0, None), _repeat(value, length, _LOUD, group.window))
+        (_repeat(key, length, 0, None), _repeat(value, length, LOUD, group.window))
         for (key, value), group in zip(kv, layout.groups, strict=True)
     ]
 

@@ -21,7 +21,7 @@ or logits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,11 +108,36 @@ THRESHOLDS = {
         reason="as int8 weights: activations are rounded alike",
     ),
 }
+INT8_CACHE = "int8 cache"
+THRESHOLDS[INT8_CACHE] = replace(
+    THRESHOLDS["float32"],
+    largest=2.0,
+    mean=1.5,
+    perplexity=1e-2,
+    reason="the yardstick rounds keys and values to the bundle's own steps, and both round nearly "
+    "all of them alike: luck is in the few that they do not. Inside the layers float32's row "
+    "applies, since attention is recomputed from what the caches hold",
+)
+THRESHOLDS |= {
+    f"{weights}, {INT8_CACHE}": replace(
+        THRESHOLDS[weights], reason=f"as {weights}, whose roundings are the larger ones"
+    )
+    for weights in ("int8 weights", "int4 weights")
+}
 GREEDY_TOKENS = 64  # free-running tokens compared; a disagreement where the reference's two best
 # logits lie closer than twice the logit tolerance is a near-tie, which no rounding can decide
 
 
-def threshold_of(dtype: str, weights: str | None = None) -> tuple[str, Threshold]:
-    """The table's row for a bundle's dtype, and the name of its quantised weights' type if any."""
+def thresholds_of(
+    dtype: str, weights: str | None = None, cache: str | None = None
+) -> tuple[str, Threshold, Threshold]:
+    """The table's row for a bundle, by its name, and the row for what its layers make.
+
+    `weights` is the type of quantised ones, if any, and `cache` that of caches, which makes no
+    difference inside the layers, where caches are given.
+    """
     name = dtype if weights is None or dtype != "float32" else f"{weights} weights"
-    return name, THRESHOLDS[name]
+    inside = THRESHOLDS[name]
+    if cache == "int8":
+        name = INT8_CACHE if weights is None else f"{name}, {INT8_CACHE}"
+    return name, THRESHOLDS[name], inside

@@ -9,7 +9,7 @@ from cla_export.bundle import Bundle, open_bundle
 from cla_export.deploy.ray_args import ReplicaArgs
 from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.executor import capacity_of
-from cla_export.engines.opening import backend_of
+from cla_export.engines.opening import backend_of, cache_dtype
 from cla_export.engines.tensorrt_build import FLAVOURS, find_engine, open_engine
 from cla_export.errors import BadInput
 from cla_export.serve.chat import find_template
@@ -160,8 +160,8 @@ def make_plan(options: RayOptions) -> RayPlan:
 def _pool(bundle: Bundle, backend: str, served: Options) -> PoolSize:
     """Each replica's KV pool, as it will open it."""
     if backend not in FLAVOURS:
-        capacity = capacity_of(bundle, served.max_len)
-        return size_pool(bundle.layout, bundle.dtype, capacity, served.slots, served.kv_memory)
+        capacity, dtype = capacity_of(bundle, served.max_len), cache_dtype(bundle, backend)
+        return size_pool(bundle.layout, dtype, capacity, served.slots, served.kv_memory)
     built = open_engine(bundle, served.engine or find_engine(bundle, backend)).record["options"]
     slots = served.slots or built["slots"]
     return size_pool(bundle.layout, bundle.dtype, built["capacity"], slots, None)

@@ -19,7 +19,7 @@ CONFIG = "config.pbtxt"
 class Parameters(BaseModel):
     """How a model is served: the parameters of its config.pbtxt, options of `cla-export serve`.
 
-    Paths are absolute, or begin in the version's folder. Times are seconds.
+    Paths are absolute, or begin in the version's folder. Times are seconds, `prefill_budget` in ms.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,6 +31,7 @@ class Parameters(BaseModel):
     kv_memory: str | None = None
     max_len: int | None = None
     chunk: int = Options().chunk
+    prefill_budget: float | None = None
     threads: int | None = None
     max_queued_requests: int = Limits().queued_requests
     max_queued_tokens: int = Limits().queued_tokens
@@ -46,6 +47,7 @@ class Parameters(BaseModel):
             kv_memory=None if self.kv_memory is None else parse_bytes(self.kv_memory),
             max_len=self.max_len,
             chunk=self.chunk,
+            prefill_seconds=None if self.prefill_budget is None else self.prefill_budget / 1000,
             threads=self.threads,
             limits=Limits(self.max_queued_requests, self.max_queued_tokens, self.step_timeout),
             request_seconds=self.request_timeout,

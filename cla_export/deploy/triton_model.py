@@ -22,15 +22,20 @@ from cla_export.deploy.triton_config import read_parameters
 from cla_export.deploy.triton_metrics import TritonMetrics
 from cla_export.deploy.triton_tensors import read_body, to_error, to_response
 from cla_export.errors import BadInput, ClaExportError
-from cla_export.generation import end_tokens
 from cla_export.serve.answers import Usage
-from cla_export.serve.engine import STALLED_FAILURE, Engine, NotReady, QueueFull
+from cla_export.serve.engine import STALLED_FAILURE, NotReady, QueueFull
 from cla_export.serve.errors import ApiError, from_failure, from_refusal
 from cla_export.serve.intake import check_length, encode, make_request
 from cla_export.serve.metrics import Metrics
 from cla_export.serve.requests import Output, Request
 from cla_export.serve.scheduler import Outputs
-from cla_export.serve.server import Opened, Options, check_options, open_model
+from cla_export.serve.server import (
+    Opened,
+    Options,
+    check_options,
+    create_engine,
+    open_model,
+)
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.05  # between two looks for cancelled requests
@@ -68,20 +73,12 @@ class TritonPythonModel:
     def start(self, opened: Opened, options: Options, name: str, version: str) -> None:
         """Take requests for an opened bundle from now on."""
         bundle = opened.bundle
-        metrics = Metrics(name, bundle.layout, bundle.dtype)
+        metrics = Metrics(name, bundle.layout, opened.cache_dtype)
         self._model, self._seconds = opened.model, options.request_seconds
         self._delivered: SimpleQueue[Outputs | None] = SimpleQueue()
         self._running: dict[int, Running] = {}
         self._lock = threading.Lock()  # of _running
-        self.engine = Engine(
-            opened.executor,
-            self._delivered.put,
-            tokenizer=opened.model.tokenizer,
-            ends=end_tokens(bundle.folder),
-            chunk=options.chunk,
-            limits=options.limits,
-            observer=metrics,
-        )
+        self.engine = create_engine(opened, options, self._delivered.put, metrics)
         self._metrics = TritonMetrics(metrics, self.engine, name, version)
         self.engine.start()
         self._worker = threading.Thread(target=self._work, name="answers", daemon=True)

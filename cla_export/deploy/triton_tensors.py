@@ -26,7 +26,9 @@ _CODES = {  # statuses of HTTP, which Triton turns its codes into again
 
 def read_body(request: Any) -> CompletionBody:  # noqa: ANN401
     """What a request asks for, in the terms of /v1/completions. ApiError if it cannot be read."""
-    unknown = [key for key in json.loads(request.parameters()) if not key.startswith("triton_")]
+    unknown = [
+        key for key in json.loads(request.parameters() or "{}") if not key.startswith("triton_")
+    ]
     if unknown:
         names = ", ".join(spec.name for spec in INPUTS)
         raise ApiError(

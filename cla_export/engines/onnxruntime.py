@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cla_export.bundle import GRAPH, MANIFEST, Bundle
 from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor, capacity_of
 from cla_export.errors import BadInput, BundleError, MissingEnvironment, RunError
+from cla_export.kv_scales import from_int8, read_scales, to_int8
 from cla_export.layout import KVLayout
 from cla_export.plugin import compile_cpu
 from cla_export.rewrite.keep_last_logits import KEEP
@@ -66,7 +67,10 @@ class OnnxRuntimeExecutor(PooledExecutor):
         self.graph, library = graph_of(bundle, stock=stock)
         self._ort, self._session = _open(self.graph, threads, change, library)
         self._by_mask = bundle.target == "onnxruntime" and self.graph == bundle.graph
-        self._pools = _empty_pools(self.layout, slots, capacity, np.dtype(_NUMPY[bundle.dtype]))
+        narrow = bundle.cache_dtype == "int8"
+        self.scales = read_scales(self.graph, self.layout) if narrow else None
+        kind = np.dtype(np.int8 if narrow else _NUMPY[bundle.dtype])
+        self._pools = _empty_pools(self.layout, slots, capacity, kind)
         self._views: dict[tuple[int, int], list[tuple[str, Any]]] = {}
         self._check_caches()
 
@@ -75,12 +79,23 @@ class OnnxRuntimeExecutor(PooledExecutor):
         return self._pools[group]
 
     def read(self, group: int, slot: int) -> Cache:
-        keys, values = self._pools[group]
-        return keys[slot], values[slot]
+        """As `Executor.read`: the pool itself, or what an int8 one stands for, in float32."""
+        keys, values = (pool[slot] for pool in self._pools[group])
+        if self.scales is None:
+            return keys, values
+        return from_int8(keys, self.scales[group][0]), from_int8(values, self.scales[group][1])
 
     def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
+        if self.scales is not None:
+            of_keys, of_values = self.scales[group]
+            keys, values = to_int8(keys, of_keys), to_int8(values, of_values)
         for pool, new in zip(self._pools[group], (keys, values), strict=True):
             pool[slot, :, : new.shape[1]] = new
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        for pools in self._pools:
+            for pool in pools:
+                pool[target, :, :tokens] = pool[source, :, :tokens]
 
     def _run(
         self,

@@ -29,6 +29,11 @@ def backend_of(bundle: Bundle, backend: str | None = None) -> str:
     )
 
 
+def cache_dtype(bundle: Bundle, backend: str) -> str:
+    """Dtype of a bundle's caches on a backend: PyTorch runs the model folder, in float32."""
+    return "float32" if backend == "torch" else bundle.cache_dtype
+
+
 def open_executor(
     bundle: Bundle,
     backend: str | None = None,

@@ -13,6 +13,11 @@
  * What a loop reads from memory it fetches itself, a little ahead and evenly: a line between some
  * multiplications, since a burst of fetches holds up the loads behind it.
  *
+ * A cache may be int8, with a scale for each key/value head and channel. The queries take the keys'
+ * scales and the output the values', so that its numbers are only made float, where they are loaded
+ * into vectors; keys for the lanes, which load them one by one, are so before, block by block.
+ * ClaAppend rounds to it.
+ *
  * ClaLinear reads a weight as the checkpoint has it, so weights are in memory once, and shared with
  * the file. A few tokens are multiplied along the columns, as dots are; more of them are lanes.
  *
@@ -23,21 +28,28 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "onnxruntime_abi.h"
 
 #if defined(__AVX512F__)
 enum { LANES = 16, PANEL_ROWS = 8, PANELS = 3 };
 #define EACH_PAIR(x) x, x, x, x, x, x, x, x
+#define EACH_STRIDE(f, T) f(1, T) f(2, T) f(4, T) f(8, T)
 #elif defined(__AVX2__)
 enum { LANES = 8, PANEL_ROWS = 4, PANELS = 2 };
 #define EACH_PAIR(x) x, x, x, x
+#define EACH_STRIDE(f, T) f(1, T) f(2, T) f(4, T)
 #else
 enum { LANES = 4, PANEL_ROWS = 4, PANELS = 2 };
 #define EACH_PAIR(x) x, x
+#define EACH_STRIDE(f, T) f(1, T) f(2, T)
 #endif
 enum {
   BLOCK = 128,     /* keys that are scored, then weighted, at a time: they stay in L1 and L2 */
-  AHEAD = 4096,    /* floats of keys, of values or of a weight, fetched before they are used */
+  AHEAD = 4096,    /* numbers of keys, of values or of a weight, fetched before they are used */
   LINE = 16,       /* floats that are fetched at a time */
   KEYS = 8,        /* keys in flight in the loop of lanes */
   TILES = 4,       /* tiles of LANES rows that share a block of keys */
@@ -58,7 +70,17 @@ typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(LANES * 4)))
 
 INLINE vec load(const float *p) { return *(const loose *)p; }
 INLINE void store(float *p, vec v) { *(loose *)p = v; }
-INLINE void fetch(const float *p) { __builtin_prefetch(p, 0, 1); }
+INLINE vec load_int8(const int8_t *p) { /* compilers spell a conversion of vectors out, lane by lane */
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+  return (vec){p[0], p[1], p[2], p[3]};
+#endif
+}
+#define LOAD(p) _Generic((p), const float *: load, const int8_t *: load_int8)(p)
+INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 1); }
 INLINE vec splat(float x) { return (vec){0} + x; }
 INLINE vec pick(ints which, vec a, vec b) { return (vec)((which & (ints)a) | (~which & (ints)b)); }
 INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
@@ -146,20 +168,21 @@ INLINE vec sum_each(vec v[LANES]) {
 
 /* scores[t][stride] of `keys` keys for up to `stride` rows, stride a power of two below LANES;
  * queries [columns / LANES][stride][LANES], scaled, zero where columns overlap. */
-#define SCORE_DOTS(STRIDE)                                                                         \
-  static void score_dots_##STRIDE(const float *restrict k, const float *restrict queries,          \
-                                  float *restrict scores, int keys, int dim) {                     \
+#define SCORE_DOTS(STRIDE, T)                                                                      \
+  static void score_dots_##STRIDE##_##T(const T *restrict k, const float *restrict queries,        \
+                                        float *restrict scores, int keys, int dim) {               \
     enum { AT_ONCE = LANES / STRIDE };                                                             \
     for (int t = 0; t < keys; t += AT_ONCE) {                                                      \
       vec sum[LANES], x[AT_ONCE];                                                                  \
-      const float *row[AT_ONCE];                                                                   \
-      for (int j = 0; j < AT_ONCE; j++) row[j] = k + (size_t)(t + j < keys ? t + j : keys - 1) * dim; \
+      const T *row[AT_ONCE];                                                                       \
+      for (int j = 0; j < AT_ONCE; j++)                                                            \
+        row[j] = k + (size_t)(t + j < keys ? t + j : keys - 1) * dim;                              \
       for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);                                        \
       const float *q = queries;                                                                    \
       for (int c = 0; c < dim; c += LANES, q += STRIDE * LANES) {                                  \
         int column = c + LANES <= dim ? c : dim - LANES;                                           \
         for (int j = 0; j < AT_ONCE; j++) {                                                        \
-          x[j] = load(row[j] + column);                                                            \
+          x[j] = LOAD(row[j] + column);                                                            \
           fetch(row[j] + column + AHEAD);                                                          \
         }                                                                                          \
         for (int r = 0; r < STRIDE; r++) {                                                         \
@@ -170,26 +193,16 @@ INLINE vec sum_each(vec v[LANES]) {
       store(scores + t * STRIDE, sum_each(sum));                                                   \
     }                                                                                              \
   }
-SCORE_DOTS(1)
-SCORE_DOTS(2)
-#if defined(__AVX2__)
-SCORE_DOTS(4)
-#endif
-#if defined(__AVX512F__)
-SCORE_DOTS(8)
-#endif
-
-static void score_few(const float *k, const float *queries, float *scores, int keys, int dim,
-                      int stride) {
-  if (stride == 1) score_dots_1(k, queries, scores, keys, dim);
-  if (stride == 2) score_dots_2(k, queries, scores, keys, dim);
-#if defined(__AVX2__)
-  if (stride == 4) score_dots_4(k, queries, scores, keys, dim);
-#endif
-#if defined(__AVX512F__)
-  if (stride == 8) score_dots_8(k, queries, scores, keys, dim);
-#endif
-}
+#define SCORE_IF(STRIDE, T)                                                                        \
+  if (stride == STRIDE) score_dots_##STRIDE##_##T(k, queries, scores, keys, dim);
+#define SCORE_FEW(T)                                                                               \
+  EACH_STRIDE(SCORE_DOTS, T)                                                                       \
+  static void score_few_##T(const T *k, const float *queries, float *scores, int keys, int dim,    \
+                            int stride) {                                                          \
+    EACH_STRIDE(SCORE_IF, T)                                                                       \
+  }
+SCORE_FEW(float)
+SCORE_FEW(int8_t)
 
 /* ---- weighted values ------------------------------------------------------------------------ */
 
@@ -199,58 +212,63 @@ INLINE int column_of(int c, int dim) { return (c + 1) * LANES <= dim ? c * LANES
 /* Rows, and vectors of each, that are summed at once: as many as there are registers for. */
 #if defined(__AVX512F__)
 enum { MOST_ROWS = 12, MOST_COLUMNS = 8 };
-#define EACH_ROWS(f) f(12, 2) f(6, 4) f(4, 4) f(3, 8) f(2, 8) f(1, 8)
+#define EACH_ROWS(f, T) f(12, 2, T) f(6, 4, T) f(4, 4, T) f(3, 8, T) f(2, 8, T) f(1, 8, T)
 #else
 enum { MOST_ROWS = 3, MOST_COLUMNS = 4 };
-#define EACH_ROWS(f) f(3, 4) f(2, 4) f(1, 4)
+#define EACH_ROWS(f, T) f(3, 4, T) f(2, 4, T) f(1, 4, T)
 #endif
 
 /* out[row][column] += sum over t of weights[t][row] * v[t][column], R rows by C vectors from
  * number `first`. */
-INLINE void weigh_block(const float *restrict v, const float *restrict weights,
-                        float *restrict out, int keys, int dim, int stride, int width, int first,
-                        const int R, const int C) {
-  vec sum[MOST_ROWS][MOST_COLUMNS], x[MOST_COLUMNS];
-  int column[MOST_COLUMNS];
-  out += first * LANES;
-  for (int c = 0; c < C; c++) column[c] = column_of(first + c, dim);
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) sum[r][c] = load(out + r * width + c * LANES);
-  for (int t = 0; t < keys; t++, v += dim, weights += stride) {
-    for (int c = 0; c < C; c++) {
-      x[c] = load(v + column[c]);
-      fetch(v + column[c] + AHEAD);
-    }
-    for (int r = 0; r < R; r++)
-      for (int c = 0; c < C; c++) sum[r][c] += weights[r] * x[c];
+#define WEIGH_BLOCK(T)                                                                             \
+  INLINE void weigh_block_##T(const T *restrict v, const float *restrict weights,                  \
+                              float *restrict out, int keys, int dim, int stride, int width,       \
+                              int first, const int R, const int C) {                               \
+    vec sum[MOST_ROWS][MOST_COLUMNS], x[MOST_COLUMNS];                                             \
+    int column[MOST_COLUMNS];                                                                      \
+    out += first * LANES;                                                                          \
+    for (int c = 0; c < C; c++) column[c] = column_of(first + c, dim);                             \
+    for (int r = 0; r < R; r++)                                                                    \
+      for (int c = 0; c < C; c++) sum[r][c] = load(out + r * width + c * LANES);                   \
+    for (int t = 0; t < keys; t++, v += dim, weights += stride) {                                  \
+      for (int c = 0; c < C; c++) {                                                                \
+        x[c] = LOAD(v + column[c]);                                                                \
+        fetch(v + column[c] + AHEAD);                                                              \
+      }                                                                                            \
+      for (int r = 0; r < R; r++)                                                                  \
+        for (int c = 0; c < C; c++) sum[r][c] += weights[r] * x[c];                                \
+    }                                                                                              \
+    for (int r = 0; r < R; r++)                                                                    \
+      for (int c = 0; c < C; c++) store(out + r * width + c * LANES, sum[r][c]);                   \
   }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) store(out + r * width + c * LANES, sum[r][c]);
-}
 
 /* R rows: C vectors at a time, then halves of that. */
-#define WEIGH(R, C)                                                                                \
-  static void weigh_##R(const float *v, const float *weights, float *out, int keys, int dim,       \
-                        int stride, int width) {                                                   \
+#define WEIGH(R, C, T)                                                                             \
+  static void weigh_##R##_##T(const T *v, const float *weights, float *out, int keys, int dim,     \
+                              int stride, int width) {                                             \
     int c = 0, vectors = width / LANES;                                                            \
     for (; c + C <= vectors; c += C)                                                               \
-      weigh_block(v, weights, out, keys, dim, stride, width, c, R, C);                             \
+      weigh_block_##T(v, weights, out, keys, dim, stride, width, c, R, C);                         \
     if (C > 4 && c + 4 <= vectors)                                                                 \
-      weigh_block(v, weights, out, keys, dim, stride, width, c, R, 4), c += 4;                     \
+      weigh_block_##T(v, weights, out, keys, dim, stride, width, c, R, 4), c += 4;                 \
     if (C > 2 && c + 2 <= vectors)                                                                 \
-      weigh_block(v, weights, out, keys, dim, stride, width, c, R, 2), c += 2;                     \
-    if (c < vectors) weigh_block(v, weights, out, keys, dim, stride, width, c, R, 1);              \
+      weigh_block_##T(v, weights, out, keys, dim, stride, width, c, R, 2), c += 2;                 \
+    if (c < vectors) weigh_block_##T(v, weights, out, keys, dim, stride, width, c, R, 1);          \
   }
-EACH_ROWS(WEIGH)
 
 /* The rows of a tile, as many at a time as there is code for. */
-static void weigh(const float *v, const float *weights, float *out, int rows, int keys, int dim,
-                  int stride, int width) {
-#define WHILE_LEFT(R, C)                                                                           \
+#define WHILE_LEFT(R, C, T)                                                                        \
   for (; rows >= R; rows -= R, weights += R, out += (size_t)R * width)                             \
-    weigh_##R(v, weights, out, keys, dim, stride, width);
-  EACH_ROWS(WHILE_LEFT)
-}
+    weigh_##R##_##T(v, weights, out, keys, dim, stride, width);
+#define WEIGH_ALL(T)                                                                               \
+  WEIGH_BLOCK(T)                                                                                   \
+  EACH_ROWS(WEIGH, T)                                                                              \
+  static void weigh_##T(const T *v, const float *weights, float *out, int rows, int keys, int dim, \
+                        int stride, int width) {                                                   \
+    EACH_ROWS(WHILE_LEFT, T)                                                                       \
+  }
+WEIGH_ALL(float)
+WEIGH_ALL(int8_t)
 
 /* ---- one call ------------------------------------------------------------------------------- */
 
@@ -258,10 +276,13 @@ typedef struct {
   const OrtApi *api;
   float scale, softcap;
   int64_t window;
+  int narrow; /* the cache is int8 */
 } Kernel;
 
 typedef struct {
-  const float *q, *keys, *values;
+  const float *q;
+  const void *keys, *values; /* float, or int8 where there are scales */
+  const float *key_scales, *value_scales; /* [kv_heads][dim], or NULL */
   const int32_t *lengths;
   float *y;
   int batch, q_heads, kv_heads, queries, capacity, dim;
@@ -301,11 +322,17 @@ INLINE int64_t last_key(const Call *c, int64_t length, int row) {
 }
 
 /* Queries of a tile, scaled: [D][LANES] for the loop of lanes, else [vectors][stride][LANES]. */
-static void pack(const Call *c, const float *q, int first, int rows, float *packed) {
+static void pack(const Call *c, const float *q, const float *scales, int first, int rows,
+                 float *packed) {
   int dim = c->dim;
+  float scaled[MAX_DIM];
   for (int r = 0; r < rows; r++) {
     int row = first + r;
     const float *from = q + row / c->group * c->q_token + row % c->group * c->q_head;
+    if (scales) {
+      for (int d = 0; d < dim; d++) scaled[d] = from[d] * scales[d];
+      from = scaled;
+    }
     if (c->stride == LANES) {
       for (int d = 0; d < dim; d++) packed[d * LANES + r] = from[d] * c->scale;
       continue;
@@ -329,15 +356,18 @@ INLINE vec fold(vec v, int stride, vec (*of)(vec, vec)) {
 }
 INLINE vec plus(vec a, vec b) { return a + b; }
 
-/* Add the keys [from, to) of a block to the state of one tile. */
-static void add_block(const Call *c, int64_t length, int first, int rows, const float *k,
-                      const float *v, int64_t from, int64_t to, const float *queries,
+/* Add the keys [from, to) of a block, k and v of them, to the state of one tile. */
+static void add_block(const Call *c, int64_t length, int first, int rows, const void *k,
+                      const void *v, int64_t from, int64_t to, const float *queries,
                       float *scores, State s) {
+  int narrow = c->key_scales != NULL;
   int keys = (int)(to - from), vectors = (keys * c->stride + LANES - 1) / LANES;
   if (c->stride == LANES)
-    score_lanes(k + from * c->dim, queries, scores, keys, c->dim);
+    score_lanes(k, queries, scores, keys, c->dim);
+  else if (narrow)
+    score_few_int8_t(k, queries, scores, keys, c->dim, c->stride);
   else
-    score_few(k + from * c->dim, queries, scores, keys, c->dim, c->stride);
+    score_few_float(k, queries, scores, keys, c->dim, c->stride);
   if (c->softcap > 0)
     for (int i = 0; i < vectors; i++)
       store(scores + i * LANES, soft_cap(load(scores + i * LANES), c->softcap));
@@ -369,7 +399,10 @@ static void add_block(const Call *c, int64_t length, int first, int rows, const 
     if (factor != 1.0f)
       for (int i = 0; i < c->width; i += LANES) store(out + i, load(out + i) * factor);
   }
-  weigh(v + from * c->dim, scores, s.out, rows, keys, c->dim, c->stride, c->width);
+  if (narrow)
+    weigh_int8_t(v, scores, s.out, rows, keys, c->dim, c->stride, c->width);
+  else
+    weigh_float(v, scores, s.out, rows, keys, c->dim, c->stride, c->width);
 }
 
 static void write_rows(const Call *c, int b, int h, int first, int rows, State s) {
@@ -378,10 +411,23 @@ static void write_rows(const Call *c, int b, int h, int first, int rows, State s
     float *y = c->y + (int64_t)b * c->q_heads * c->queries * c->dim + head * c->q_head +
                row / c->group * c->q_token;
     float factor = s.sum[r] > 0 ? 1 / s.sum[r] : s.sum[r] == 0 ? 0 : NAN;
-    const float *out = s.out + (size_t)r * c->width;
-    for (int v = 0; v < c->width / LANES; v++)
-      store(y + column_of(v, c->dim), load(out + v * LANES) * factor);
+    const float *out = s.out + (size_t)r * c->width, *scales = c->value_scales;
+    for (int v = 0; v < c->width / LANES; v++) {
+      int column = column_of(v, c->dim);
+      vec scale = scales ? load(scales + h * c->dim + column) * factor : splat(factor);
+      store(y + column, load(out + v * LANES) * scale);
+    }
   }
+}
+
+/* int8 numbers as floats. */
+static void widen(const int8_t *restrict from, float *restrict to, size_t count) {
+  size_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    fetch(from + i + AHEAD);
+    store(to + i, load_int8(from + i));
+  }
+  for (; i < count; i++) to[i] = from[i];
 }
 
 /* The states of a block's ranges as one, in the first. */
@@ -417,25 +463,35 @@ static void attend(void *data, size_t index) {
   start += range * some;
   stop = smaller_of(stop, start + some);
 
-  const float *k = c->keys + ((int64_t)b * c->kv_heads + h) * c->capacity * c->dim;
-  const float *v = c->values + ((int64_t)b * c->kv_heads + h) * c->capacity * c->dim;
+  size_t head = ((size_t)b * c->kv_heads + h) * c->capacity * c->dim;
+  size_t element = c->key_scales ? sizeof(int8_t) : sizeof(float);
+  int widened = c->key_scales && c->stride == LANES;
+  size_t block_floats = widened ? (size_t)BLOCK * c->dim : 0;
   const float *q = c->q + (int64_t)b * c->q_heads * c->queries * c->dim + h * c->group * c->q_head;
   int tile_rows = c->stride, tiles = (rows + tile_rows - 1) / tile_rows;
   size_t tile_queries = (size_t)c->width * c->stride;
-  size_t floats = tiles * tile_queries + BLOCK * LANES + (used == 1 ? state_floats(c) : 0);
+  size_t floats = block_floats + tiles * tile_queries + BLOCK * LANES;
+  if (used == 1) floats += state_floats(c);
   float *memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
   if (!memory) abort();
-  float *scores = memory, *queries = memory + BLOCK * LANES, *own = queries + tiles * tile_queries;
+  float *wide = memory, *scores = memory + block_floats;
+  float *queries = scores + BLOCK * LANES, *own = queries + tiles * tile_queries;
   float *shared = c->partial + unit * c->ranges * state_floats(c);
   State s = state_at(c, used == 1 ? own : shared + range * state_floats(c));
   for (int r = 0; r < c->block_rows + LANES; r++) s.maximum[r] = EMPTY, s.sum[r] = 0;
   memset(s.out, 0, (size_t)c->block_rows * c->width * sizeof(float));
   memset(queries, 0, tiles * tile_queries * sizeof(float));
   for (int i = 0; i < tiles; i++)
-    pack(c, q, first + i * tile_rows, (int)smaller_of(tile_rows, rows - i * tile_rows),
-         queries + i * tile_queries);
+    pack(c, q, c->key_scales ? c->key_scales + h * c->dim : NULL, first + i * tile_rows,
+         (int)smaller_of(tile_rows, rows - i * tile_rows), queries + i * tile_queries);
 
-  for (int64_t from = start; from < stop; from += BLOCK)
+  for (int64_t from = start; from < stop; from += BLOCK) {
+    size_t at = (head + from * c->dim) * element;
+    const char *k = (const char *)c->keys + at, *v = (const char *)c->values + at;
+    if (widened) {
+      widen((const int8_t *)k, wide, smaller_of(BLOCK, stop - from) * c->dim);
+      k = (const char *)wide;
+    }
     for (int i = 0; i < tiles; i++) {
       int r = i * tile_rows, some_rows = (int)smaller_of(tile_rows, rows - r);
       int64_t low = larger_of(from, first_key(c, length, first + r));
@@ -443,9 +499,11 @@ static void attend(void *data, size_t index) {
                                 last_key(c, length, first + r + some_rows - 1));
       if (low >= high) continue;
       State part = {s.maximum + r, s.sum + r, s.out + (size_t)r * c->width};
-      add_block(c, length, first + r, some_rows, k, v, low, high, queries + i * tile_queries,
-                scores, part);
+      size_t skip = (low - from) * c->dim;
+      add_block(c, length, first + r, some_rows, k + skip * (widened ? sizeof(float) : element),
+                v + skip * element, low, high, queries + i * tile_queries, scores, part);
     }
+  }
   for (int i = 0; i < tiles; i++) store(s.sum + i * tile_rows, fold(load(s.sum + i * tile_rows), c->stride, plus));
   if (used == 1)
     write_rows(c, b, h, first, rows, s);
@@ -488,6 +546,18 @@ static OrtStatus *output(const OrtApi *api, OrtContext *context, size_t index, c
   return api->GetTensorMutableData(value, data);
 }
 
+/* Scales [1, Hkv, 1, D] of an int8 cache. */
+static OrtStatus *input_scales(const OrtApi *api, OrtContext *context, size_t index,
+                               const Tensor *cache, const float **out) {
+  Tensor scales;
+  TRY(input(api, context, index, &scales));
+  *out = scales.data;
+  if (scales.rank == 4 && scales.dims[0] == 1 && scales.dims[1] == cache->dims[1] &&
+      scales.dims[2] == 1 && scales.dims[3] == cache->dims[3])
+    return NULL;
+  return api->CreateStatus(STATUS_INVALID_ARGUMENT, "scales of an int8 cache must be [1, Hkv, 1, D]");
+}
+
 static OrtStatus *wrong(const OrtApi *api, const char *message) {
   return api->CreateStatus(STATUS_INVALID_ARGUMENT, message);
 }
@@ -519,6 +589,10 @@ static OrtStatus *compute_attention(void *state, OrtContext *context) {
       .scale = kernel->scale, .softcap = kernel->softcap, .window = kernel->window,
       .group = (int)(q_heads / kv_heads),
   };
+  if (kernel->narrow) {
+    TRY(input_scales(api, context, 4, &k, &c.key_scales));
+    TRY(input_scales(api, context, 5, &v, &c.value_scales));
+  }
   TRY(output(api, context, 0, &q, (void **)&c.y));
   for (int b = 0; b < c.batch; b++)
     if (c.lengths[b] < 0 || c.lengths[b] > c.capacity)
@@ -739,10 +813,20 @@ static OrtStatus *compute_linear(void *state, OrtContext *context) {
 
 /* ---- append --------------------------------------------------------------------------------- */
 
+/* A token's head as an int8 cache holds it: to the nearest, half to even, and to the last beyond it. */
+static void narrow_to(int8_t *restrict to, const float *restrict from, const float *restrict scales,
+                      int64_t dim) {
+  for (int64_t d = 0; d < dim; d++) {
+    float x = rintf(from[d] / scales[d]);
+    to[d] = (int8_t)(x > 127 ? 127 : x > -128 ? x : -128);
+  }
+}
+
 /* present = past with each row's new tokens [B, S, Hkv * D] put at write_indices[b]: nothing else is
  * copied where past and present are the same memory. */
 static OrtStatus *compute_append(void *state, OrtContext *context) {
-  const OrtApi *api = ((const Kernel *)state)->api;
+  const Kernel *kernel = state;
+  const OrtApi *api = kernel->api;
   Tensor past[2], fresh[2], at;
   for (int i = 0; i < 2; i++) TRY(input(api, context, i, &past[i]));
   for (int i = 0; i < 2; i++) TRY(input(api, context, 2 + i, &fresh[i]));
@@ -759,15 +843,22 @@ static OrtStatus *compute_append(void *state, OrtContext *context) {
     if (starts[b] < 0 || starts[b] + tokens > capacity)
       return wrong(api, "ClaAppend: new tokens do not fit into the cache");
   for (int i = 0; i < 2; i++) {
-    float *to;
+    size_t size = kernel->narrow ? 1 : sizeof(float);
+    const float *from = fresh[i].data, *scales = NULL;
+    char *to;
+    if (kernel->narrow) TRY(input_scales(api, context, 5 + i, &past[i], &scales));
     TRY(output(api, context, i, &past[i], (void **)&to));
     if (to != past[i].data)
-      memcpy(to, past[i].data, (size_t)(batch * heads * capacity * dim) * sizeof(float));
-    const float *from = fresh[i].data;
+      memcpy(to, past[i].data, (size_t)(batch * heads * capacity * dim) * size);
     for (int64_t b = 0; b < batch; b++)
       for (int64_t t = 0; t < tokens; t++)
-        for (int64_t h = 0; h < heads; h++, from += dim)
-          memcpy(to + ((b * heads + h) * capacity + starts[b] + t) * dim, from, dim * sizeof(float));
+        for (int64_t h = 0; h < heads; h++, from += dim) {
+          char *place = to + ((b * heads + h) * capacity + starts[b] + t) * dim * size;
+          if (kernel->narrow)
+            narrow_to((int8_t *)place, from, scales + h * dim, dim);
+          else
+            memcpy(place, from, dim * size);
+        }
   }
   return NULL;
 }
@@ -785,12 +876,21 @@ static int attention_input(const OrtCustomOp *op, size_t i) {
 static int append_input(const OrtCustomOp *op, size_t i) {
   return (void)op, i == 4 ? ELEMENT_INT64 : ELEMENT_FLOAT;
 }
+static int narrow_attention_input(const OrtCustomOp *op, size_t i) {
+  return i == 1 || i == 2 ? ELEMENT_INT8 : attention_input(op, i);
+}
+static int narrow_append_input(const OrtCustomOp *op, size_t i) {
+  return i < 2 ? ELEMENT_INT8 : append_input(op, i);
+}
 static int linear_input(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ELEMENT_FLOAT; }
 static int float_output(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ELEMENT_FLOAT; }
+static int narrow_output(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ELEMENT_INT8; }
 static size_t one(const OrtCustomOp *op) { return (void)op, 1; }
 static size_t two(const OrtCustomOp *op) { return (void)op, 2; }
 static size_t four(const OrtCustomOp *op) { return (void)op, 4; }
 static size_t five(const OrtCustomOp *op) { return (void)op, 5; }
+static size_t six(const OrtCustomOp *op) { return (void)op, 6; }
+static size_t seven(const OrtCustomOp *op) { return (void)op, 7; }
 static int required(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, REQUIRED; }
 static int memory_default(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, MEMORY_DEFAULT; }
 static int version_one(const OrtCustomOp *op) { return (void)op, 1; }
@@ -798,10 +898,10 @@ static void destroy(void *kernel) { free(kernel); }
 static size_t nothing_in_place(int **from, int **to) { return *from = *to = NULL, 0; }
 static void nothing_to_release(int *from, int *to) { (void)from, (void)to; }
 
-#define OPERATOR(name, inputs, outputs, input_type, compute)                                       \
+#define OPERATOR(name, inputs, outputs, input_type, output_type, compute)                          \
   {                                                                                                \
       .version = API_VERSION, .GetName = name, .GetExecutionProviderType = provider,               \
-      .GetInputType = input_type, .GetInputTypeCount = inputs, .GetOutputType = float_output,      \
+      .GetInputType = input_type, .GetInputTypeCount = inputs, .GetOutputType = output_type,       \
       .GetOutputTypeCount = outputs, .KernelDestroy = destroy,                                     \
       .GetInputCharacteristic = required, .GetOutputCharacteristic = required,                     \
       .GetInputMemoryType = memory_default, .CreateKernelV2 = create, .KernelComputeV2 = compute,  \
@@ -809,14 +909,21 @@ static void nothing_to_release(int *from, int *to) { (void)from, (void)to; }
       .GetMayInplace = nothing_in_place, .ReleaseMayInplace = nothing_to_release,                  \
       .GetAliasMap = nothing_in_place, .ReleaseAliasMap = nothing_to_release,                      \
   }
-static const OrtCustomOp attention = OPERATOR(name_attention, four, one, attention_input, compute_attention);
-static const OrtCustomOp append = OPERATOR(name_append, five, two, append_input, compute_append);
-static const OrtCustomOp linear = OPERATOR(name_linear, two, one, linear_input, compute_linear);
+static const OrtCustomOp attention =
+    OPERATOR(name_attention, four, one, attention_input, float_output, compute_attention);
+static const OrtCustomOp append =
+    OPERATOR(name_append, five, two, append_input, float_output, compute_append);
+static const OrtCustomOp linear =
+    OPERATOR(name_linear, two, one, linear_input, float_output, compute_linear);
+static const OrtCustomOp narrow_attention =
+    OPERATOR(name_attention, six, one, narrow_attention_input, float_output, compute_attention);
+static const OrtCustomOp narrow_append =
+    OPERATOR(name_append, seven, two, narrow_append_input, narrow_output, compute_append);
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info,
                          void **out) {
-  Kernel kernel = {.api = api};
-  if (op == &attention) {
+  Kernel kernel = {.api = api, .narrow = op == &narrow_attention || op == &narrow_append};
+  if (op == &attention || op == &narrow_attention) {
     TRY(api->KernelInfoGetAttribute_float(info, "scale", &kernel.scale));
     TRY(api->KernelInfoGetAttribute_float(info, "softcap", &kernel.softcap));
     TRY(api->KernelInfoGetAttribute_int64(info, "window", &kernel.window));
@@ -832,11 +939,15 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtOptions *options,
                                                                      const OrtApiBase *base) {
   const OrtApi *api = base->GetApi(API_VERSION);
-  OrtDomain *domain;
+  OrtDomain *domain, *narrow;
   if (!api) return NULL; /* older than 1.18: the session then says that it has no ClaAttention */
   TRY(api->CreateCustomOpDomain("cla", &domain));
   TRY(api->CustomOpDomain_Add(domain, &attention));
   TRY(api->CustomOpDomain_Add(domain, &append));
   TRY(api->CustomOpDomain_Add(domain, &linear));
-  return api->AddCustomOpDomain(options, domain);
+  TRY(api->AddCustomOpDomain(options, domain));
+  TRY(api->CreateCustomOpDomain("cla.int8", &narrow));
+  TRY(api->CustomOpDomain_Add(narrow, &narrow_attention));
+  TRY(api->CustomOpDomain_Add(narrow, &narrow_append));
+  return api->AddCustomOpDomain(options, narrow);
 }

@@ -12,6 +12,7 @@ from typing import Any
 from cla_export.errors import BadInput
 
 DOMAIN, NAME, VERSION = "cla", "ClaAttention", "1"
+INT8_DOMAIN = "cla.int8"  # of the same operators over int8 caches, which take their scales too
 DTYPES = ("float16", "bfloat16")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 2, 512
 

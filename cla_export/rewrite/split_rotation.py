@@ -9,6 +9,8 @@ Cases, on x [B, H, S, D] with cos and sin unsqueezed at axis 1 from [B, S, D]:
 1. cos and sin are Concats of one value with itself.
 2. These are rounded rows of a table: the Cast goes behind the Unsqueeze, where
    `lower.fuse_rounded_rotary` looks for it.
+3. x is [B, S, H, D], cos and sin are unsqueezed at axis 2, and what comes out is transposed to
+   [B, H, S, D] and read nowhere else (Gemma): x is transposed in its place.
 """
 
 import onnx_ir as ir
@@ -48,12 +50,18 @@ def _split(
             if x is None or x not in straight.inputs:
                 continue
             cos = straight.inputs[1 - straight.inputs.index(x)]
-            rows = [_half_rows(table) for table in (cos, sin)]
+            transpose = _heads_first(add)  # 3
+            axis = 1 if transpose is None else 2
+            rows = [_half_rows(table, axis) for table in (cos, sin)]
             if None in rows:
-                report.skip(add, "cos or sin is not the same half twice, unsqueezed at axis 1")
+                report.skip(
+                    add, f"cos or sin is not the same half twice, unsqueezed at axis {axis}"
+                )
                 return
             c, s = (_column(graph, tape, table, columns) for table in rows if table is not None)
-            _replace(tape, add, x, c, s)
+            if transpose is not None:
+                x = _transposed(tape, x, transpose)
+            _replace(tape, transpose or add, x, c, s)
             report.fired += 1
             return
 
@@ -88,10 +96,25 @@ def _span(node: ir.Node, width: int) -> tuple[int, int] | None:
     return start + width * (start < 0), end + width * (end < 0)
 
 
-def _half_rows(value: ir.Value | None) -> ir.Value | None:
-    """The [B, S, D / 2] that a table [B, 1, S, D] repeats."""
+def _heads_first(add: ir.Node) -> ir.Node | None:
+    """The one reader of a rotation, if it makes [B, H, S, D] of [B, S, H, D]."""
+    users = [user for user, _ in add.outputs[0].uses()]
+    if len(users) != 1 or users[0].op_type != "Transpose":
+        return None
+    return users[0] if list(users[0].attributes.get_ints("perm", ())) == [0, 2, 1, 3] else None
+
+
+def _transposed(tape: ir.tape.Tape, x: ir.Value, like: ir.Node) -> ir.Value:
+    """What a Transpose of the rotated x makes, of x itself."""
+    made = tape.op("Transpose", [x], {"perm": [0, 2, 1, 3]}, metadata_props=like.metadata_props)
+    made.shape, made.type = like.outputs[0].shape, x.type
+    return made
+
+
+def _half_rows(value: ir.Value | None, axis: int) -> ir.Value | None:
+    """The [B, S, D / 2] that a table [B, S, D], unsqueezed at an axis, repeats."""
     unsqueeze = producer(value, "Unsqueeze")
-    if unsqueeze is None or ints(unsqueeze.inputs[1]) != [1]:
+    if unsqueeze is None or ints(unsqueeze.inputs[1]) != [axis]:
         return None
     concat = producer(unsqueeze.inputs[0], "Concat")
     if concat is None or len(concat.inputs) != 2 or concat.inputs[0] is not concat.inputs[1]:

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from cla_export.bundle import Bundle, open_bundle
 from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.executor import Executor, capacity_of
-from cla_export.engines.opening import backend_of, open_executor
+from cla_export.engines.opening import backend_of, cache_dtype, open_executor
 from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.environment import memory
 from cla_export.errors import BadInput, MissingEnvironment
 from cla_export.generation import end_tokens
 from cla_export.serve.chat import find_template
-from cla_export.serve.engine import Engine, Limits
+from cla_export.serve.engine import Deliver, Engine, Limits
 from cla_export.serve.model import ServedModel
 from cla_export.serve.pool import PoolSize, size_pool
-from cla_export.serve.scheduler import CHUNK
+from cla_export.serve.scheduler import CHUNK, Observer
 from cla_export.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ class Opened:
     model: ServedModel
     executor: Executor
     pool: PoolSize
+
+    @property
+    def cache_dtype(self) -> str:
+        """Dtype of the pool."""
+        return cache_dtype(self.bundle, self.executor.backend)
 
 
 def check_options(options: Options) -> None:
@@ -113,7 +118,8 @@ def open_model(folder: Bundle | Path | str, options: Options) -> Opened:
             "how many of its slots to use with --slots, or build it again"
         )
     capacity = capacity_of(bundle, options.max_len)
-    pool = size_pool(bundle.layout, bundle.dtype, capacity, options.slots, options.kv_memory)
+    dtype = cache_dtype(bundle, backend)
+    pool = size_pool(bundle.layout, dtype, capacity, options.slots, options.kv_memory)
     room = memory()
     if room is not None and pool.total > room and not onnxruntime_cuda.takes(bundle) and not fixed:
         raise _no_room(pool)
@@ -128,7 +134,7 @@ def open_model(folder: Bundle | Path | str, options: Options) -> Opened:
         )
     except MemoryError as error:
         raise _no_room(pool) from error
-    pool = size_pool(bundle.layout, bundle.dtype, executor.capacity, executor.slots, None)
+    pool = size_pool(bundle.layout, dtype, executor.capacity, executor.slots, None)
     model = ServedModel(
         name=options.name or bundle.folder.resolve().name,
         created=int(time.time()),
@@ -149,6 +155,20 @@ def _no_room(pool: PoolSize) -> BadInput:
     )
 
 
+def create_engine(opened: Opened, options: Options, deliver: Deliver, observer: Observer) -> Engine:
+    """The engine for an opened bundle, which is not started. `deliver` and `observer` are its."""
+    return Engine(
+        opened.executor,
+        deliver,
+        tokenizer=opened.model.tokenizer,
+        ends=end_tokens(opened.bundle.folder),
+        chunk=options.chunk,
+        prefill_seconds=options.prefill_seconds,
+        limits=options.limits,
+        observer=observer,
+    )
+
+
 def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
     """The application without its gate, and its engine, which is not started."""
     from cla_export.serve.app import Served, create_app
@@ -158,18 +178,9 @@ def create_server(opened: Opened, options: Options) -> tuple["FastAPI", Engine]:
     from cla_export.serve.streams import Streams
 
     bundle, model = opened.bundle, opened.model
-    metrics, streams = Metrics(model.name, bundle.layout, bundle.dtype), Streams()
-    streams.engine = Engine(
-        opened.executor,
-        streams.deliver,
-        tokenizer=model.tokenizer,
-        ends=end_tokens(bundle.folder),
-        chunk=options.chunk,
-        prefill_seconds=options.prefill_seconds,
-        limits=options.limits,
-        observer=metrics,
-    )
+    metrics, streams = Metrics(model.name, bundle.layout, opened.cache_dtype), Streams()
+    streams.engine = create_engine(opened, options, streams.deliver, metrics)
     service = Service(model, streams, options.request_seconds)
     app = create_app(Served(service, metrics))
-    add_page(app, model, streams.engine, bundle.layout, bundle.dtype, opened.pool)
+    add_page(app, model, streams.engine, bundle.layout, opened.cache_dtype, opened.pool)
     return app, streams.engine

@@ -46,7 +46,9 @@ def render(inspection: Inspection, console: Console) -> None:
     line(f"  {layout.describe()}")
     for shape in _shapes(layout):
         line(f"  {shape}")
-    line(f"  {inspection.dtype} ({inspection.dtype_source})")
+    caches = inspection.cache_dtype
+    narrow = "" if caches == inspection.dtype else f", {caches} cache"
+    line(f"  {inspection.dtype}{narrow} ({inspection.dtype_source})")
     if inspection.weight_bytes:
         sizes = (f"{count:,} B {dtype}" for dtype, count in inspection.weight_bytes.items())
         line(f"  weights: {', '.join(sizes)}")

@@ -157,6 +157,25 @@ def test_a_client_that_leaves_frees_its_slot(triton):
     wait_until(lambda: triton.metrics()[running] == 0)
 
 
+def test_clients_may_leave_whenever_they_like(triton):
+    """Around the last answer too: a server that is asked at that moment who left, is no more."""
+    asked = {"text_input": PROMPTS[2], "temperature": 0.0, "ignore_eos": True}
+    expected = ids(generate(triton, **asked, max_tokens=24).json())
+
+    def read(index: int) -> None:
+        count, leave = index % 24 + 1, index % 3 == 0
+        tokens = []
+        for event in stream(triton, **asked, max_tokens=count):
+            tokens += ids(event)
+            if leave and len(tokens) * 2 > count:
+                return
+        assert tokens == expected[:count]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, range(96)))
+    assert generate(triton, text_input="a", max_tokens=1).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [

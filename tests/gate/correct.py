@@ -10,6 +10,7 @@ from mutants import LAYOUTS
 from cla_export.compare.gate import compare_bundle
 from cla_export.compare.report import ParityReport
 
+INT8_CACHE = "+kv8"  # behind the dtype of weights: caches are int8
 _LAYOUTS = [name for name in LAYOUTS if "/" not in name]
 _POSITIONS = (176, 90)  # other row lengths, so other chunks and prompts
 
@@ -23,11 +24,18 @@ class Trial:
 
     @property
     def quantize(self) -> str | None:
-        return self.dtype if self.dtype.startswith("int") else None
+        weights = self.dtype.removesuffix(INT8_CACHE)
+        return weights if weights.startswith("int") else None
+
+    @property
+    def kv_cache(self) -> str | None:
+        return "int8" if self.dtype.endswith(INT8_CACHE) else None
 
     @property
     def layout(self) -> str:
-        return _LAYOUTS[self.seed % len(_LAYOUTS)]
+        name = _LAYOUTS[self.seed % len(_LAYOUTS)]
+        narrow = self.kv_cache is not None and "dim-10" in name  # which no int8 cache has
+        return _LAYOUTS[self.seed // len(_LAYOUTS) % 3] if narrow else name
 
     @property
     def threads(self) -> int:
@@ -39,7 +47,7 @@ class Trial:
 
     @property
     def target(self) -> str:
-        portable = self.seed % 3 == 2 and self.quantize is None
+        portable = self.seed % 3 == 2 and self.quantize is None and self.kv_cache is None
         return "portable" if portable else "onnxruntime"
 
     def run(self, zoo: Zoo, model_seed: int | None = None) -> ParityReport:
@@ -47,8 +55,8 @@ class Trial:
         config: dict[str, Any] = {**LAYOUTS[self.layout], "max_position_embeddings": self.positions}
         seed = self.seed if model_seed is None else model_seed
         config |= {"seed": seed} if seed else {}
-        dtype = self.dtype if self.quantize is None else "fp32"
-        bundle = zoo.bundle(self.target, dtype, self.quantize, **config)
+        dtype = "fp32" if self.quantize or self.kv_cache else self.dtype
+        bundle = zoo.bundle(self.target, dtype, self.quantize, kv_cache=self.kv_cache, **config)
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:

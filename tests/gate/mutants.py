@@ -4,6 +4,7 @@ cache_mutants    who reads and writes which cache, and when
 attention_mutants  what attention computes: masks, scale, heads, RoPE
 weight_mutants   values: swapped, rounded, lost
 quantization_mutants  scales, zero points and packing
+int8_cache_mutants  scales of int8 caches
 layer_mutants    the rest of the network: norms, residuals, MLP, head
 engine_mutants   a right graph in a wrong executor: lengths, slots, stale state
 """
@@ -15,6 +16,7 @@ from unittest.mock import patch
 import attention_mutants
 import cache_mutants
 import engine_mutants
+import int8_cache_mutants
 import layer_mutants
 import quantization_mutants
 import weight_mutants
@@ -30,6 +32,7 @@ _MODULES = (
     attention_mutants,
     weight_mutants,
     quantization_mutants,
+    int8_cache_mutants,
     layer_mutants,
     engine_mutants,
 )
@@ -80,6 +83,7 @@ LAYOUTS |= {
         **LAYOUTS["gqa-cla3-window-norms-biases"],
     },
     "int4/gqa-noncontiguous": {"quantize": "int4", **LAYOUTS["gqa-noncontiguous"]},
+    "kv8/gqa-noncontiguous": {"kv_cache": "int8", **LAYOUTS["gqa-noncontiguous"]},
 }
 
 

@@ -11,7 +11,7 @@ from mutants import LAYOUTS, MUTANTS, Subject, run
 from cla_export.compare.cases import case_length, token_case
 from cla_export.compare.files import to_markdown
 from cla_export.compare.gate import compare_bundle
-from cla_export.compare.text import token_stream
+from cla_export.tokenizer import token_stream
 
 NAMES = list(MUTANTS)
 
@@ -37,7 +37,7 @@ def _in_turn(name: str) -> list[str]:
 
 def test_damage_to_a_token_that_no_case_reads_is_seen_in_the_weights(zoo: Zoo, tmp_path):
     bundle = zoo.bundle(kv_owner=(0, 0), vocab_size=9001, tie_word_embeddings=False)
-    stream, _ = token_stream(bundle, None)
+    stream, _ = token_stream(bundle.folder, bundle.vocab_size, None)
     length = case_length(bundle.layout, bundle.max_positions)
     rare = token_case(length, bundle.vocab_size, bundle.special_tokens()).feed["tokens"]
     read = {*stream, *rare.flat}

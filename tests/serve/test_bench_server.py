@@ -103,7 +103,9 @@ def test_a_comparison_names_what_is_worse():
 
 
 def test_an_engine_in_this_process(demo_bundle):
-    found = bench_engine(demo_bundle, Work((1, 3), 3, 5, 4), slots=2, threads=1)
+    found = bench_engine(
+        demo_bundle, Work((1, 3), 3, 5, 4), slots=2, threads=1, prefill_seconds=0.01
+    )
     assert [level.request_count for level in found.levels] == [3, 6]
     assert [level.refused for level in found.levels] == [0, 0]
     for level in found.levels:

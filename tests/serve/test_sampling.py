@@ -125,8 +125,9 @@ def test_seeds_and_choices_differ_and_repeat():
 def test_greedy_takes_the_likeliest():
     rows = np.stack([row(i) for i in range(5)])
     assert choose(rows, [Sampler() for _ in rows]) == rows.argmax(1).tolist()
-    nearly = SamplingParams(temperature=1e-6, seed=3)
-    assert choose(rows, [Sampler(nearly) for _ in rows]) == rows.argmax(1).tolist()
+    for temperature in (1e-6, 1e-50):
+        nearly = SamplingParams(temperature=temperature, top_p=0.9, seed=3)
+        assert choose(rows, [Sampler(nearly) for _ in rows]) == rows.argmax(1).tolist()
 
 
 def test_logit_bias_and_barred_tokens():

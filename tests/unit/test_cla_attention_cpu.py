@@ -11,10 +11,11 @@ from onnx import TensorProto, helper
 from cla_export.errors import MissingEnvironment
 from cla_export.plugin import compile_cpu
 from cla_export.plugin.cases import GARBAGE, Case, correctness_cases
-from cla_export.plugin.contract import DOMAIN
+from cla_export.plugin.contract import DOMAIN, INT8_DOMAIN
 from cla_export.plugin.reference import numpy_reference
 
-FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
+FLOAT, INT8 = TensorProto.FLOAT, TensorProto.INT8
+INT32, INT64 = TensorProto.INT32, TensorProto.INT64
 CLOSE = 1e-5  # of values of order 1, in float32
 CASES = {
     case.name.removeprefix("float16-"): case
@@ -47,17 +48,20 @@ def session(
     inputs: dict[str, int],
     outputs: int,
     threads: int = 2,
+    *,
+    domain: str = DOMAIN,
+    made: int = FLOAT,
     **attributes: float,
 ) -> onnxruntime.InferenceSession:
     names = [f"y{i}" for i in range(outputs)]
-    node = helper.make_node(op_type, list(inputs), names, domain=DOMAIN, **attributes)
+    node = helper.make_node(op_type, list(inputs), names, domain=domain, **attributes)
     graph = helper.make_graph(
         [node],
         op_type,
         [helper.make_tensor_value_info(name, kind, None) for name, kind in inputs.items()],
-        [helper.make_tensor_value_info(name, FLOAT, None) for name in names],
+        [helper.make_tensor_value_info(name, made, None) for name in names],
     )
-    opsets = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid(domain, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -200,6 +204,108 @@ def test_append_refuses_what_does_not_fit(library: Path) -> None:
     for starts in ([6, 0], [0, -1]):
         with pytest.raises(Exception, match="do not fit into the cache"):
             run.run(None, {**append_feed(3), "starts": np.array(starts)})
+
+
+# int8 caches: what they hold is integers times a scale for each head and channel.
+
+
+def narrow_attention(library: Path, case: Case, threads: int = 2) -> onnxruntime.InferenceSession:
+    problem = case.problem
+    inputs = {"q": FLOAT, "key_cache": INT8, "value_cache": INT8, "kv_lengths": INT32}
+    return session(
+        library,
+        "ClaAttention",
+        inputs | {"key_scales": FLOAT, "value_scales": FLOAT},
+        1,
+        threads,
+        domain=INT8_DOMAIN,
+        scale=problem.scale,
+        window=problem.window,
+        softcap=float(problem.softcap),
+    )
+
+
+def narrow_feed(case: Case, seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Inputs with the largest integers behind each row's length, and the expected output."""
+    random, problem = np.random.default_rng(seed), case.problem
+    _, heads, _, dim = problem.cache_shape
+    q = random.standard_normal(problem.query_shape, np.float32)
+    scales = [random.uniform(0.2, 3, (1, heads, 1, dim)).astype(np.float32) / 64 for _ in range(2)]
+    caches = [random.integers(-128, 128, problem.cache_shape, np.int8) for _ in range(2)]
+    lengths = np.array(case.lengths, np.int32)
+    options = {"scale": problem.scale, "window": problem.window, "softcap": problem.softcap}
+    whole = [cache.astype(np.float64) * scale for cache, scale in zip(caches, scales, strict=True)]
+    expected = numpy_reference(q, *whole, lengths, **options)
+    for cache in caches:
+        for row, length in enumerate(case.lengths):
+            cache[row, :, length:] = 127
+    names = ("q", "key_cache", "value_cache", "kv_lengths", "key_scales", "value_scales")
+    return dict(zip(names, (q, *caches, lengths, *scales), strict=True)), expected
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_over_an_int8_cache(library: Path, name: str) -> None:
+    case = CASES[name]
+    feed, expected = narrow_feed(case)
+    run = narrow_attention(library, case)
+    limit = CLOSE * max(1.0, float(np.abs(expected).max()))
+    limit *= 10 if name == "big-scores" else 1  # their own rounding, before the exponential
+    (y,) = run.run(None, feed)
+    assert np.abs(y - expected).max() <= limit
+    (y,) = run.run(None, {**feed, "q": packed(feed["q"])})
+    assert np.abs(y - packed(expected)).max() <= limit
+
+
+def test_an_int8_row_has_the_same_bits_alone(library: Path) -> None:
+    case = CASES["heads-16-1"]
+    feed, _ = narrow_feed(case)
+    (one,) = narrow_attention(library, case, threads=1).run(None, feed)
+    (two,) = narrow_attention(library, case, threads=2).run(None, feed)
+    assert np.array_equal(one, two)
+    alone = {n: value[2:5] if len(value) > 1 else value for n, value in feed.items()}
+    (some,) = narrow_attention(library, case).run(None, alone)
+    assert np.array_equal(some, one[2:5])
+
+
+NARROW_APPEND = {
+    **dict.fromkeys(("past_key", "past_value"), INT8),
+    **dict.fromkeys(("k", "v"), FLOAT),
+    "starts": INT64,
+    **dict.fromkeys(("key_scales", "value_scales"), FLOAT),
+}
+
+
+def narrow_append_feed(tokens: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Ties, and numbers beyond the range, among the tokens; and what the caches hold then."""
+    random = np.random.default_rng(0)
+    pasts = [random.integers(-128, 128, (2, 3, 8, 20), np.int8) for _ in range(2)]
+    scales = [np.ldexp(1.0, random.integers(-6, 0, (1, 3, 1, 20))).astype(np.float32)] * 2
+    steps = [random.integers(-300, 300, (2, tokens, 60)) / 2 for _ in range(2)]
+    widths = [scale[0, :, 0].reshape(60) for scale in scales]
+    fresh = [(s * w).astype(np.float32) for s, w in zip(steps, widths, strict=True)]
+    feed = dict(zip(NARROW_APPEND, (*pasts, *fresh, np.array([5, 0]), *scales), strict=True))
+    rounded = [np.clip(np.rint(s), -128, 127) for s in steps]  # numpy rounds half to even
+    return feed, [appended({**feed, "k": rounded[0], "v": rounded[1]}, part) for part in (0, 1)]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_append_rounds_to_an_int8_cache(library: Path, tokens: int) -> None:
+    feed, expected = narrow_append_feed(tokens)
+    run = session(library, "ClaAppend", NARROW_APPEND, 2, domain=INT8_DOMAIN, made=INT8)
+    for got, want in zip(run.run(None, feed), expected, strict=True):
+        assert np.array_equal(got, want)
+
+
+def test_scales_of_another_shape_are_refused(library: Path) -> None:
+    case = CASES["heads-16-4"]
+    feed, _ = narrow_feed(case)
+    wrong = {"value_scales": feed["value_scales"].reshape(1, 1, 4, -1)}
+    with pytest.raises(Exception, match=r"must be \[1, Hkv, 1, D\]"):
+        narrow_attention(library, case).run(None, {**feed, **wrong})
+    run = session(library, "ClaAppend", NARROW_APPEND, 2, domain=INT8_DOMAIN, made=INT8)
+    feed, _ = narrow_append_feed(1)
+    with pytest.raises(Exception, match=r"must be \[1, Hkv, 1, D\]"):
+        run.run(None, {**feed, "key_scales": feed["key_scales"][:, :2]})
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 17, 150])

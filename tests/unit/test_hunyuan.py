@@ -1,18 +1,22 @@
 """Hunyuan with cross-layer attention against its formulas written out, dense and with experts."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tipped_router import tip
 from torch import Tensor
 
 from cla_export.bundle import Bundle
+from cla_export.compare import gate
 from cla_export.compare.gate import compare_bundle
 from cla_export.compare.reading import read_bundle
 from cla_export.compare.reference import Reference
@@ -333,6 +337,28 @@ def test_experts_where_no_operator_takes_them(tmp_path: Path) -> None:
     assert np.abs(np.concatenate(made) - expected).max() < 2e-5 * np.abs(expected).max()
     halved = export(folder, tmp_path / "halved", dtype="fp16")
     assert "MoE takes SwiGLU in float32" in halved.expert_choices()[0]
+    size = 4 * sum(math.prod(s) for n, s in open_checkpoint(folder).spec.weights().items()
+                   if ".experts." in n)  # fmt: skip
+    quantized = export(folder, tmp_path / "quantized", quantize="int4")
+    assert quantized.expert_choices() == [
+        f"experts: MoE (computes the chosen ones alone; {size:,} bytes of them are not quantised, "
+        "which QMoE takes in float32 and rows of whole blocks of 32)"
+    ]
+    check_that_routers_may_tip_at_ties_alone(halved, tmp_path)
+
+
+def check_that_routers_may_tip_at_ties_alone(bundle: Bundle, folder: Path) -> None:
+    """Where an expert is nearly as good, PyTorch follows; where it is not, the choice is wrong."""
+    assert compare_bundle(bundle, threads=1).passed
+    tipped = tip(bundle, folder / "tipped", 1e-3)
+    report = compare_bundle(tipped, threads=1)
+    assert report.passed, report.divergence
+    assert report.inside is not None and report.inside > 0.1, "of what a choice may be off"
+    with patch.object(gate, "routed", lambda engine, _: engine):
+        alone = compare_bundle(tipped, threads=1)
+    assert not all(result.passed for result in alone.tensors), "PyTorch went its own way"
+    report = compare_bundle(tip(bundle, folder / "wrong", 0.1), threads=1)
+    assert report.divergence is not None and report.divergence.role == "router"
 
 
 @pytest.mark.parametrize("kind", ["hunyuan_v1_dense", "hunyuan_v1_moe"])
