@@ -131,7 +131,9 @@ class _Process:
         streams: Streams = app.state.streams
         async with app.router.lifespan_context(app):
             engine.start()
-            self._door.app = Gate(app, options.keys, options.most_body, app.state.metrics.refused)
+            self._door.app = Gate(
+                app, options.keys, options.most_body, app.state.metrics.refused, engine
+            )
             self._told.serving(address, opened)
             await self._until(lambda: self._stopping.is_set() or engine.state == State.dead)
             died = engine.state == State.dead
