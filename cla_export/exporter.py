@@ -1,6 +1,7 @@
 """export: a model folder becomes a bundle. Trace, rewrite, lower, write, hash, rename."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +27,7 @@ from cla_export.bundle import (
 )
 from cla_export.errors import BadInput
 from cla_export.genai import genai_config
-from cla_export.layout import KVLayout
+from cla_export.layout import DTYPE_BITS, KVLayout
 from cla_export.lower import check_target
 from cla_export.models.checkpoint import Checkpoint, open_checkpoint
 from cla_export.quantization import Quantization
@@ -102,8 +103,6 @@ def export(
 
     from cla_export.linked_weights import linkable, take_in
     from cla_export.lower import lower
-    from cla_export.lower.quantize_caches import quantize_caches
-    from cla_export.lower.quantize_weights import quantize_weights
     from cla_export.rewrite import rewrite
     from cla_export.trace import trace
     from cla_export.weights import attach
@@ -141,10 +140,7 @@ def export(
             target, dtype, canonical.model, spec.layout, quantization, narrow=scales is not None
         )
         for made in (lowered, *companions.values()):
-            if quantization is not None:
-                quantize_weights(made.model, quantization, spec.tied)
-            if scales is not None:
-                quantize_caches(made.model, spec.layout, scales)
+            _quantize(made.model, spec, quantization, scales)
         progress("write", 4, steps)
         constants = family.constants(spec)
         attach(lowered.model, checkpoint, constants, quantization, taken_in, folder)
@@ -216,6 +212,24 @@ def _scales(checkpoint: Checkpoint, text: Path | None) -> "tuple[list[Scales], s
         )
     stream, origin = token_stream(checkpoint.folder, spec.vocab_size, text)
     return calibrate(load_model(checkpoint), stream), origin
+
+
+def _quantize(
+    model: "ir.Model",
+    spec: ModelSpec,
+    quantization: Quantization | None,
+    scales: "list[Scales] | None",
+) -> None:
+    """What a graph holds in fewer bits: weights, and with `scales` caches."""
+    from cla_export.lower.quantize_caches import quantize_caches
+    from cla_export.lower.quantize_experts import quantize_experts
+    from cla_export.lower.quantize_weights import quantize_weights
+
+    if quantization is not None:
+        quantize_weights(model, quantization, spec.tied)
+        quantize_experts(model, quantization)
+    if scales is not None:
+        quantize_caches(model, spec.layout, scales)
 
 
 def _lowering_options(target: str, attention: str | None) -> dict[str, str]:
@@ -345,7 +359,7 @@ def _manifest(
             }
             for group in spec.layout.groups
         ],
-        "experts": _experts(spec, lowered),
+        "experts": _experts(spec, lowered, dtype, quantization),
         "inputs": [value.name for value in graph.inputs],
         "outputs": [value.name for value in graph.outputs],
         "limits": {"max_positions": spec.max_positions, "vocab_size": spec.vocab_size},
@@ -359,18 +373,29 @@ def _manifest(
     }
 
 
-def _experts(spec: ModelSpec, lowered: "Lowered") -> dict[str, str] | None:
+def _experts(
+    spec: ModelSpec, lowered: "Lowered", dtype: str, quantization: Quantization | None
+) -> dict[str, str] | None:
     """The operator that a mixture of experts ended up as, and why."""
     if not spec.routed:
         return None
-    if any(node.op_type == "MoE" for node in lowered.model.graph):
-        return {"operator": "MoE", "reason": "computes the chosen ones alone"}
+    operators = {node.op_type for node in lowered.model.graph}
+    if "QMoE" in operators and "MoE" not in operators:
+        return {"operator": "QMoE", "reason": "computes the chosen ones alone"}
+    whole = ""
+    if quantization is not None:
+        shapes = spec.weights()
+        size = sum(math.prod(shapes[name]) for name in spec.routed) * DTYPE_BITS[dtype] // 8
+        whole = f"; {size:,} bytes of them are not quantised, which QMoE takes in float32 and "
+        whole += f"rows of whole blocks of {quantization.block}"
+    if "MoE" in operators:
+        return {"operator": "MoE", "reason": f"computes the chosen ones alone{whole}"}
     chosen, count = max(spec.routed.values(), key=lambda pair: pair[1] / pair[0])
     why = f"{lowered.target} has no operator for less"
     if lowered.target == "onnxruntime":
         why = "ONNX Runtime's MoE takes SwiGLU in float32 on a CPU"
     all_of_them = f"computes all {count} and weighs them, where a token goes through {chosen}"
-    return {"operator": "MatMul", "reason": f"{all_of_them}: {why}"}
+    return {"operator": "MatMul", "reason": f"{all_of_them}: {why}{whole}"}
 
 
 def _version(package: str) -> str | None:

@@ -14,3 +14,8 @@ def interleave(weight: np.ndarray) -> np.ndarray:
     experts, rows, columns = weight.shape
     halves = weight.reshape(experts, 2, rows // 2, columns)
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def separate(weight: np.ndarray) -> np.ndarray:
+    """The inverse: each expert's gates, then its ups."""
+    return np.concatenate((weight[:, ::2], weight[:, 1::2]), 1)

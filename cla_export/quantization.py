@@ -67,6 +67,33 @@ class Quantization:
         packed, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(weight.T))
         return packed, scales
 
+    def shapes_of_experts(
+        self, experts: int, rows: int, columns: int
+    ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Shapes of packed and scales for a weight [experts, rows, columns], in whole blocks."""
+        packed = experts, rows, columns * self.bits // 8
+        return packed, (experts, rows, columns // self.block)
+
+    def pack_experts(
+        self, weight: "NDArray[np.floating]"
+    ) -> "tuple[NDArray[np.uint8], NDArray[np.floating]]":
+        """Quantise a weight [E, N, K] of experts: packed and scales, in float32."""
+        import numpy as np
+
+        pairs = [self.pack(expert.astype(np.float32)) for expert in weight]
+        shapes = self.shapes_of_experts(*weight.shape)
+        packed = np.stack([part for part, _ in pairs]).reshape(shapes[0])
+        return packed, np.stack([scales for _, scales in pairs]).reshape(shapes[1])
+
+    def unpack_experts(
+        self, packed: "NDArray[np.uint8]", scales: "NDArray[np.floating]"
+    ) -> "NDArray[np.float32]":
+        """The weight [E, N, K] that packed and scales stand for."""
+        experts, rows, blocks = scales.shape
+        flat = packed.reshape(experts * rows, blocks, -1)
+        weight = self.unpack(flat, scales.reshape(experts * rows, blocks), blocks * self.block)
+        return weight.reshape(experts, rows, -1)
+
     def unpack(
         self, packed: "NDArray[np.uint8]", scales: "NDArray[np.floating]", columns: int
     ) -> "NDArray[np.float32]":

@@ -45,8 +45,11 @@ def attach(
     @lru_cache(maxsize=1)  # packed and scales follow each other
     def packed(weight: str, target: str) -> tuple[np.ndarray, np.ndarray]:
         assert quantization is not None
-        whole = _read(checkpoint.tensors[weight]).astype(np.float32)
-        return quantization.of_weight(target).pack(whole)
+        whole = _read(checkpoint.tensors[weight])
+        if whole.ndim == 3:  # of experts
+            whole = interleave(whole) if target.endswith(INTERLEAVED) else whole
+            return quantization.pack_experts(whole)
+        return quantization.of_weight(target).pack(whole.astype(np.float32))
 
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:

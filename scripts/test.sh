@@ -17,5 +17,7 @@ if [ ! -x /usr/bin/chromium ]; then # tests/test_page.py opens the parity page i
     echo "tests/test_page.py needs Chromium, such as: sudo apt-get install chromium" >&2
   fi
 fi
-# One thread of PyTorch a worker: more would wait for each other.
-echo "== pytest" && OMP_NUM_THREADS=1 $bin/python -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal "$@"
+# One thread of PyTorch a worker: more would wait for each other. The same random examples in every
+# run; `pytest` by itself looks for new ones.
+echo "== pytest" && OMP_NUM_THREADS=1 $bin/python -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal \
+  --hypothesis-profile=ci "$@"

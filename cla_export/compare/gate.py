@@ -53,6 +53,7 @@ _HELD = 64  # tokens whose keys and values stand in for a long context's, over a
 _ONE_THREAD = 2**24  # parameters
 _ON_GPU = 8192  # tokens a slot holds there, at most
 _SLOTS = 8  # there: more than any case needs
+_INT8 = 8  # bits of experts' weights whose products round what they multiply
 _SHOWN = "decode"  # the case whose layers are shown where nothing fails
 _SPELT = "the module spells its attention out, where PyTorch has no keys and values to show"
 
@@ -384,7 +385,10 @@ def _sides(
         use_quantized(rounded, reading)
     scales, faults = find_scales(bundle, model, stream)
     report.faults += faults
-    return Reference.of(model, rounded, bundle.quantization, scales)
+    how, experts = bundle.quantization, bundle.manifest.get("experts")
+    quantized = isinstance(experts, dict) and experts["operator"] == "QMoE"
+    rounds_experts = quantized and how is not None and how.bits == _INT8
+    return Reference.of(model, rounded, how, scales, rounds_experts=rounds_experts)
 
 
 @contextmanager

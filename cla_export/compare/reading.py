@@ -20,7 +20,7 @@ from torch import nn
 from cla_export.bundle import Bundle
 from cla_export.errors import GraphError
 from cla_export.graph_reading import read_graph
-from cla_export.interleaving import INTERLEAVED, interleave
+from cla_export.interleaving import INTERLEAVED, interleave, separate
 from cla_export.linked_weights import read_in_place
 from cla_export.models.decoder import Decoder
 from cla_export.quantization import PACKED, SCALES, Quantization
@@ -30,7 +30,7 @@ _RESEMBLES = 0.05  # of the mean magnitude
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SLACK = 1.01  # for ties, and for the arithmetic here
 _NORMS = {"RMSNormalization": 1e-5, "SkipSimplifiedLayerNormalization": 1e-12}  # with defaults
-_PLAIN_INPUTS = 3  # of MatMulNBits: activations, packed, scales; zero points would come next
+_ZERO_POINTS = {"MatMulNBits": (3,), "QMoE": (11, 12)}  # where they would stand
 
 
 @dataclass(slots=True)
@@ -88,9 +88,10 @@ def use_quantized(model: Decoder, reading: Reading) -> None:
     modules = dict(model.named_modules())
     with torch.no_grad():
         for name, weight in reading.quantized.items():
-            module = modules[name.rpartition(".")[0]]
+            path, _, part = name.rpartition(".")
+            module = modules[path]
             kind = next(module.parameters()).dtype
-            module.weight = nn.Parameter(torch.from_numpy(weight).to(kind))
+            setattr(module, part, nn.Parameter(torch.from_numpy(weight).to(kind)))
 
 
 def _named(model: Decoder) -> list[tuple[str, torch.Tensor]]:
@@ -175,24 +176,32 @@ def _read_quantized(
 ) -> None:
     parts = [initializers.get(name + suffix) for suffix in (PACKED, SCALES)]
     how = bundle.quantization
+    held, name = name, name.removesuffix(INTERLEAVED)
     if how is None or name not in expected or None in [p and p.const_value for p in parts]:
         into.faults.append(f"{name} is quantised in the graph, but {_why(how, name in expected)}")
         return
     packed, scales = (part.const_value.numpy() for part in parts)  # type: ignore[union-attr]
     want = expected[name].numpy()
-    shapes = how.of_weight(name).shapes(*want.shape)
+    of_experts = want.ndim == 3
+    shapes = (how.shapes_of_experts if of_experts else how.of_weight(name).shapes)(*want.shape)
     if (packed.shape, scales.shape) != shapes:
         into.faults.append(
             f"{name} is quantised as {list(packed.shape)} with scales {list(scales.shape)}; "
             f"expected {list(shapes[0])} and {list(shapes[1])}"
         )
         return
-    products = {node for node, _ in initializers[name + PACKED].uses()}
-    if any(len(node.inputs) > _PLAIN_INPUTS and node.inputs[_PLAIN_INPUTS] for node in products):
+    products = {node for node, _ in initializers[held + PACKED].uses()}
+    if any(_has_zero_points(node) for node in products):
         into.faults.append(f"{name} is read with zero points, but it is quantised without")
         return
-    got = how.of_weight(name).unpack(packed, scales, want.shape[1])
-    allowed = _SLACK * how.of_weight(name).largest_error(want)
+    if of_experts:
+        got = how.unpack_experts(packed, scales)
+        got = separate(got) if held != name else got
+        allowed = how.largest_error(want.reshape(-1, want.shape[-1])).reshape(want.shape)
+    else:
+        got = how.of_weight(name).unpack(packed, scales, want.shape[1])
+        allowed = how.of_weight(name).largest_error(want)
+    allowed *= _SLACK
     allowed += np.abs(want) * np.finfo(scales.dtype).eps  # scales are rounded too
     wrong = ~(np.abs(got - want) <= allowed)
     if wrong.any():
@@ -202,6 +211,11 @@ def _read_quantized(
         )
     else:
         into.quantized[name] = got
+
+
+def _has_zero_points(node: ir.Node) -> bool:
+    places = _ZERO_POINTS.get(node.op_type, ())
+    return any(place < len(node.inputs) and node.inputs[place] for place in places)
 
 
 def _why(how: Quantization | None, known: bool) -> str:

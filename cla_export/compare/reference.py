@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
+from cla_export.compare.rounded_activations import RoundedExperts, hooked, rounded_activations
 from cla_export.compare.routing import Follow, Routes
 from cla_export.kv_scales import LEAST, MOST, Scales
 from cla_export.layout import KVLayout
@@ -106,14 +106,19 @@ class Reference:
         rounded: Decoder | None,
         quantization: Quantization | None,
         scales: Sequence[Scales] | None = None,
+        *,
+        rounds_experts: bool = False,
     ) -> "Reference":
-        """Sides over a float32 model; `rounded` is it in the bundle's dtype, where not float32."""
+        """Sides over a float32 model; `rounded` is it in the bundle's dtype, where not float32.
+
+        With `rounds_experts` what goes into experts is rounded too (`lower.quantize_experts`).
+        """
 
         def rounding(module: Decoder) -> AbstractContextManager[None]:
-            return _native(module, quantization, None)
+            return _native(module, quantization, None, rounds_experts)
 
         def reordering(part: int) -> Callable[[Decoder], AbstractContextManager[None]]:
-            return lambda module: _native(module, quantization, part)
+            return lambda module: _native(module, quantization, part, rounds_experts)
 
         size = 8 * sum(parameter.numel() for parameter in model.parameters())
         exact = Side(model, _in_float64)
@@ -125,16 +130,6 @@ class Reference:
             Side(own, rounding, scales),
             tuple(Side(own, reordering(part), scales) for part in _PARTS),
         )
-
-
-@contextmanager
-def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Take hooks off again, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -162,7 +157,7 @@ def _in_float64(model: Decoder) -> Iterator[None]:
         elif next(module.parameters(recurse=False), None) is not None:
             handles.append(module.register_forward_pre_hook(widen))
             handles.append(module.register_forward_hook(narrow, always_call=True))
-    with _hooked(handles), _WidenedParameters():
+    with hooked(handles), _WidenedParameters():
         yield
 
 
@@ -195,11 +190,15 @@ def _widened(value: Any) -> Any:  # noqa: ANN401
 
 
 @contextmanager
-def _native(model: Decoder, quantization: Quantization | None, part: int | None) -> Iterator[None]:
+def _native(
+    model: Decoder, quantization: Quantization | None, part: int | None, rounds_experts: bool
+) -> Iterator[None]:
     """The bundle's arithmetic: activations as it rounds them, sums in one part or in two."""
     with ExitStack() as stack:
         if quantization is not None:
-            stack.enter_context(_rounded_activations(model, quantization))
+            stack.enter_context(rounded_activations(model, quantization))
+        if quantization is not None and rounds_experts:
+            stack.enter_context(RoundedExperts(model, quantization))
         if part is not None:
             stack.enter_context(_sums_in_parts(model, part))
         if part is not None and next(model.parameters()).dtype != torch.float32:
@@ -234,28 +233,7 @@ def _sums_in_parts(model: Decoder, part: int) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, nn.Linear)
     ]
-    with _hooked(handles):
-        yield
-
-
-@contextmanager
-def _rounded_activations(model: Decoder, quantization: Quantization) -> Iterator[None]:
-    """Round what goes into every quantised product to int8, a scale for each block of channels."""
-
-    def round_inputs(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        (x,) = inputs
-        size, width = quantization.block, x.shape[-1]
-        padded = nn.functional.pad(x, (0, -width % size)).reshape(*x.shape[:-1], -1, size)
-        step = padded.abs().amax(-1, keepdim=True) / 127
-        rounded: Tensor = (padded / step.clamp(min=torch.finfo(x.dtype).tiny)).round() * step
-        return rounded.flatten(-2)[..., :width]
-
-    handles = [
-        module.register_forward_pre_hook(round_inputs)
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    with _hooked(handles):
+    with hooked(handles):
         yield
 
 

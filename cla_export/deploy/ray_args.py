@@ -17,7 +17,7 @@ class ReplicaArgs:
     """How each replica serves a bundle; the options of `cla-export serve`, by their names.
 
     Paths are read where the replica runs, so they must be there on every machine. Times are
-    seconds; sizes bytes, or text such as 8GiB.
+    seconds, but for the budget; sizes bytes, or text such as 8GiB.
     """
 
     bundle: str
@@ -27,6 +27,7 @@ class ReplicaArgs:
     kv_memory: str | int | None = None
     max_len: int | None = None
     chunk: int = CHUNK
+    prefill_budget: float | None = None  # milliseconds
     threads: int | None = None
     served_model_name: str | None = None
     chat_template: str | None = None
@@ -60,6 +61,7 @@ class ReplicaArgs:
             kv_memory=None if self.kv_memory is None else parse_bytes(self.kv_memory),
             max_len=self.max_len,
             chunk=self.chunk,
+            prefill_seconds=None if self.prefill_budget is None else self.prefill_budget / 1000,
             threads=self.threads,
             name=self.served_model_name,
             keys=keys,

@@ -3,11 +3,12 @@
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -16,6 +17,7 @@ from cla_export.deploy.ray_config import QUIET
 from cla_export.deploy.ray_plan import DEPLOYMENT, RayPlan
 from cla_export.environment import cpus, memory, nvidia_gpus
 from cla_export.errors import BadInput, MissingEnvironment, RunError
+from cla_export.serve.process import listen
 
 _STORE_BYTES = 128 * 2**20  # of Ray's object store; requests do not go through it
 _INTERRUPTED = 130
@@ -55,20 +57,22 @@ def run(plan: RayPlan, say: Callable[[str], None]) -> int:
         MissingEnvironment: too few processors or GPUs for the least number of replicas.
         RunError: a replica could not start, or Ray ended.
     """
-    port, room = _free_port(plan), _check_room(plan)
+    with listen(plan.options.host, plan.options.port) as free:
+        port = int(free.getsockname()[1])
+    room = _check_room(plan)
     _check_memory(plan)
     if room < plan.options.replicas.most:
         say(f"this machine has room for {room} of {plan.options.replicas.most} replicas")
-    with _ray(plan):
-        _start(plan, port)
-        with _Signals() as signals:
-            scheme = "http" if plan.options.certificate is None else "https"
-            say(f"serving {plan.name} on {scheme}://{plan.options.host}:{port}")
-            _watch(plan, signals, say)
-            stopping = threading.Thread(target=_drain, args=(plan,), daemon=True)
-            stopping.start()
-            while stopping.is_alive() and not signals.again.wait(0.1):
-                pass
+    with _Signals() as signals, _ray(plan, signals):
+        with signals.interrupting():
+            _start(plan, port)
+        scheme = "http" if plan.options.certificate is None else "https"
+        say(f"serving {plan.name} on {scheme}://{plan.options.host}:{port}")
+        _watch(plan, signals, say)
+        stopping = threading.Thread(target=_drain, args=(plan,), daemon=True)
+        stopping.start()
+        while stopping.is_alive() and not signals.again.wait(0.1):
+            pass
     return _INTERRUPTED if signals.again.is_set() else 0
 
 
@@ -78,42 +82,70 @@ class _Signals:
     def __init__(self) -> None:
         self.told = threading.Event()
         self.again = threading.Event()
+        self._interrupts = False
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def listen(self) -> None:
+        """Take the signals, again if somebody else took them."""
+        for number in _SIGNALS:
+            signal.signal(number, self._hear)
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """The first signal raises KeyboardInterrupt meanwhile, or has come already and does."""
+        self._interrupts = True
+        if self.told.is_set():
+            raise KeyboardInterrupt
+        yield
+        self._interrupts = False
+
     def _hear(self, _number: int, _frame: object) -> None:
         (self.again if self.told.is_set() else self.told).set()
+        if self._interrupts:
+            self._interrupts = False
+            raise KeyboardInterrupt
 
 
 @contextmanager
-def _ray(plan: RayPlan) -> Iterator[None]:
+def _ray(plan: RayPlan, signals: _Signals) -> Iterator[None]:
     """A Ray of our own, with all of this machine's processors and GPUs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if plan.options.affinity == "prefix":
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # what it logs is of no use here
+    if plan.options.affinity == "prefix":  # Ray's processes have the environment of this one
         os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", CALLBACK)
     import ray
 
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    init = partial(
+        ray.init,
+        address="local",
+        num_cpus=cpus(),
+        num_gpus=_gpus(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=_STORE_BYTES,
+    )
     # Ray prints what its processes say about each other on standard output; see _watch instead.
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        redirect_stdout(nowhere),
+        ThreadPoolExecutor(1) as another,
+    ):
         try:
-            ray.init(
-                address="local",
-                num_cpus=cpus(),
-                num_gpus=_gpus(),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=_STORE_BYTES,
-            )
-            for number, handler in before.items():  # Ray took them, and would leave processes
-                signal.signal(number, handler)
+            # Ray takes the signals, ends on them at once, and would leave processes.
+            opening = another.submit(init)
+            while not opening.done():
+                wait([opening], timeout=0.05)
+                signals.listen()
+            opening.result()
             yield
         finally:
             ray.shutdown()
@@ -170,18 +202,6 @@ def _check_memory(plan: RayPlan) -> None:
             f"{least} replicas with KV pools of {plan.pool.total:,} bytes need more than the "
             f"{have:,} bytes of this machine; give a smaller --kv-memory, or fewer --replicas"
         )
-
-
-def _free_port(plan: RayPlan) -> int:
-    """The port, which nobody listens on; BadInput if somebody does."""
-    host, port = plan.options.host, plan.options.port
-    try:
-        with socket.create_server((host, port)) as listening:
-            return int(listening.getsockname()[1])
-    except OSError as error:
-        raise BadInput(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror})"
-        ) from error
 
 
 def _start(plan: RayPlan, port: int) -> None:

@@ -169,8 +169,6 @@ class Engine:
             self.check(request)
         tokens = sum(request.total for request in requests)
         with self._changed:
-            if self._state != State.ready or self.stalled:
-                raise NotReady(f"the engine is {self._what()}", self._state)
             self._check_room(len(requests), tokens)
             now, numbers = self.clock(), []
             for request in requests:
@@ -183,6 +181,11 @@ class Engine:
             self._idle.clear()
             self._changed.notify()
         return numbers
+
+    def check_room(self) -> None:
+        """Raise QueueFull or NotReady where not even the smallest request would be taken."""
+        with self._changed:
+            self._check_room(1, 1)
 
     def cancel(self, numbers: Many[int]) -> None:
         """Let go of sequences, before the next step; those that ended already are no error."""
@@ -217,7 +220,9 @@ class Engine:
         return "stalled: its step does not end" if self.stalled else self._state.value
 
     def _check_room(self, requests: int, tokens: int) -> None:
-        """Raise QueueFull; an idle server takes whatever fits its slots."""
+        """Raise NotReady or QueueFull; an idle server takes whatever fits its slots."""
+        if self._state != State.ready or self.stalled:
+            raise NotReady(f"the engine is {self._what()}", self._state)
         waiting = len(self._incoming) + len(self._scheduler.waiting)
         if waiting + requests > self.limits.queued_requests:
             raise QueueFull(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from cla_export.serve.engine import NotReady, QueueFull, State
+from cla_export.serve.engine import Engine, NotReady, QueueFull, State
 from cla_export.serve.requests import (
     BAD_LOGITS,
     CANCELLED,
@@ -88,3 +88,11 @@ def from_refusal(error: QueueFull | NotReady) -> ApiError:
         return ApiError(429, str(error), code="queue_full", headers=headers)
     code = "engine_dead" if error.state == State.dead else "not_ready"
     return ApiError(503, str(error), code=code, headers={"retry-after": SOON})
+
+
+def check_room(engine: Engine) -> None:
+    """Raise ApiError where an engine would not even take the smallest request now."""
+    try:
+        engine.check_room()
+    except (QueueFull, NotReady) as error:
+        raise from_refusal(error) from error

@@ -1,4 +1,4 @@
-"""What every request passes before anything looks at it: its key, its size, its id."""
+"""What every request passes before anything looks at it: its key, size and id, and the queue."""
 
 import hashlib
 import hmac
@@ -9,7 +9,8 @@ from typing import Any
 from uuid import uuid4
 
 from cla_export.errors import BadInput
-from cla_export.serve.errors import ApiError
+from cla_export.serve.engine import Engine
+from cla_export.serve.errors import ApiError, check_room
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -18,6 +19,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = frozenset({"/health", "/ready", "/", "/page.js", "/page.css"})  # without a key
+_GENERATING = {("POST", "/v1/completions"), ("POST", "/v1/chat/completions")}
 _ID_LENGTH = 128  # characters of a client's own request id
 
 
@@ -29,6 +31,7 @@ class Gate:
         keys: API keys that are taken; none: everybody is.
         most_bytes: of a body.
         refused: told of the status and code of what is refused here.
+        engine: whose queue is looked at before a body is: a refusal must be cheap in a crowd.
     """
 
     def __init__(
@@ -37,11 +40,13 @@ class Gate:
         keys: Sequence[str],
         most_bytes: int,
         refused: Callable[[int, str | None], None],
+        engine: Engine | None = None,
     ) -> None:
         self._app = app
         self._keys = [key.encode() for key in keys]
         self._most = most_bytes
         self._refused = refused
+        self._engine = engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,6 +65,8 @@ class Gate:
         try:
             scope.setdefault("state", {})["tenant"] = self._tenant(scope["path"], headers)
             body = await self._read(headers, receive)
+            if self._engine is not None and (scope["method"], scope["path"]) in _GENERATING:
+                check_room(self._engine)
         except ApiError as error:
             self._refused(error.status, error.body["error"]["code"])
             await send_error(error, send_named)

@@ -51,12 +51,7 @@ def serve(folder: Bundle | Path | str, options: Options, told: Told) -> int:
 
     Raises what `open_model` does, and BadInput for an address that cannot be listened on.
     """
-    try:
-        listening = socket.create_server((options.host, options.port))
-    except OSError as error:
-        raise BadInput(
-            f"--host {options.host} --port {options.port}: cannot listen there ({error.strerror})"
-        ) from error
+    listening = listen(options.host, options.port)
     _allow_open_files()
     scheme = "http" if options.certificate is None else "https"
     address = f"{scheme}://{options.host}:{listening.getsockname()[1]}"
@@ -65,6 +60,23 @@ def serve(folder: Bundle | Path | str, options: Options, told: Told) -> int:
         return await _Process(options, told).run(folder, listening, address)
 
     return asyncio.run(run())
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; BadInput where it cannot.
+
+    Its connections send each event when it is written. asyncio sees to that by itself, but not for
+    a socket made this way, whose protocol is 0 in place of TCP's number: events then waited until
+    the client had acknowledged the one before, which it does after 40 ms.
+    """
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        raise BadInput(
+            f"--host {host} --port {port}: cannot listen there ({error.strerror})"
+        ) from error
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it
+    return listening
 
 
 def _allow_open_files() -> None:
@@ -119,7 +131,9 @@ class _Process:
         streams: Streams = app.state.streams
         async with app.router.lifespan_context(app):
             engine.start()
-            self._door.app = Gate(app, options.keys, options.most_body, app.state.metrics.refused)
+            self._door.app = Gate(
+                app, options.keys, options.most_body, app.state.metrics.refused, engine
+            )
             self._told.serving(address, opened)
             await self._until(lambda: self._stopping.is_set() or engine.state == State.dead)
             died = engine.state == State.dead

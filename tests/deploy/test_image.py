@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import DEVNULL
 
 import httpx
 import pytest
@@ -81,15 +83,11 @@ def test_its_entry_point_serves_and_its_health_check_passes(image, steps, tmp_pa
     try:
         check = json.loads(steps["HEALTHCHECK"][0].split("CMD", 1)[1])
         check[-1] = check[-1].replace(steps["EXPOSE"][0], port)
-        ends = time.monotonic() + PATIENCE
-        while subprocess.run(check, env=environment, stderr=subprocess.DEVNULL).returncode:
-            assert server.poll() is None and time.monotonic() < ends
-            time.sleep(0.5)
-        answer = httpx.post(
-            f"http://127.0.0.1:{port}/v1/completions",
-            json={"prompt": "In the beginning", "max_tokens": 12, "temperature": 0},
-            timeout=PATIENCE,
-        ).json()
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: subprocess.run(check, env=environment, stderr=DEVNULL).returncode == 0)
+        wait_until(lambda: httpx.get(f"{url}/ready").status_code == 200)
+        asked = {"prompt": "In the beginning", "max_tokens": 12, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=PATIENCE).json()
         alone = cla_export.load(tmp_path / "bundle").generate("In the beginning", 12)
         assert answer["choices"][0]["text"] == alone
         compiled = list(home.glob(".cache/cla-export/kernels/*.so"))
@@ -98,3 +96,11 @@ def test_its_entry_point_serves_and_its_health_check_passes(image, steps, tmp_pa
         server.send_signal(signal.SIGTERM)
         code = server.wait(PATIENCE)
     assert code == 0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """AssertionError if it never holds."""
+    ends = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.5)

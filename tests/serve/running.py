@@ -103,7 +103,7 @@ def application(
     app, engine = create_server(Opened(bundle, model, executor, pool), options)
     for path, endpoint in (routes or {}).items():
         app.add_route(path, endpoint)
-    gate = Gate(app, options.keys, options.most_body, app.state.metrics.refused)
+    gate = Gate(app, options.keys, options.most_body, app.state.metrics.refused, engine)
     config = uvicorn.Config(gate, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     listening = socket.create_server(("127.0.0.1", 0))

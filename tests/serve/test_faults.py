@@ -31,6 +31,7 @@ from cla_export.bundle import open_bundle
 from cla_export.errors import BadInput, MissingEnvironment
 from cla_export.serve.engine import Limits
 from cla_export.serve.pool import size_pool
+from cla_export.serve.process import listen
 from cla_export.serve.server import Options, check_options, open_model
 
 SLOW = 0.02  # seconds of a slow executor's step
@@ -440,3 +441,13 @@ def test_a_port_that_is_taken(demo_bundle):
         done = command(demo_bundle, "--port", taken.getsockname()[1])
     assert done.returncode == 2
     assert "cannot listen" in done.stderr
+
+
+def test_events_do_not_wait_for_acknowledgements():
+    """asyncio leaves TCP_NODELAY off for connections of a socket that socket.create_server made."""
+    with (
+        listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0

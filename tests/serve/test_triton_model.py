@@ -311,6 +311,27 @@ def test_a_step_that_hangs_ends_its_requests(start):
     assert request.responses[-1].error.code == "unavailable"
 
 
+def test_a_dead_engine_says_so_to_clients_and_in_metrics(start):
+    executor = FakeExecutor(slots=1)
+
+    def fail(_rows):
+        raise RuntimeError("the device is gone")
+
+    executor.before = fail
+    model = start(executor)
+    failed = [asks() for _ in range(3)]
+    for request in failed:
+        run(model, request)
+        assert "the device is gone" in str(request.responses[-1].error)
+    wait_until(lambda: model.engine.dead)
+    late = asks()
+    run(model, late)
+    assert "dead" in str(late.responses[-1].error)
+    assert late.responses[-1].error.code == "unavailable"
+    dead = {"model": "fake", "version": "1", "state": "dead"}
+    wait_until(lambda: [one.now for one in MetricFamily.made if one.labels == dead] == [1.0])
+
+
 def test_an_answer_that_cannot_be_sent_is_only_its_own_trouble(start):
     model = start(FakeExecutor(slots=2))
     broken, fine = asks(20, inputs={"stream": np.array([True])}, fails=True), asks(8)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from cla_export.interleaving import interleave
+from cla_export.interleaving import INTERLEAVED, interleave, separate
 from cla_export.lower.fuse_experts import fuse_experts
+from cla_export.lower.quantize_experts import quantize_experts
 from cla_export.models.experts import Experts, swiglu, weigh_all
+from cla_export.quantization import PACKED, SCALES, WEIGHT, Quantization
 from cla_export.rewrite.simplify import simplify
 from cla_export.trace import trace_module
 
@@ -20,20 +22,28 @@ EXPERTS, HIDDEN, WIDTH, VOCAB = 6, 16, 12, 23
 class Mixture(nn.Module):
     """Tokens through `chosen` experts each, whose shares sum to one or less."""
 
-    def __init__(self, chosen: int, *, gate: str = "silu", whole: bool = True) -> None:
+    def __init__(
+        self,
+        chosen: int,
+        *,
+        gate: str = "silu",
+        whole: bool = True,
+        width: int = WIDTH,
+        hidden: int = HIDDEN,
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.chosen, self.whole = chosen, whole
         self.gate = gate
-        self.table = nn.Embedding(VOCAB, HIDDEN)
-        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.experts = Experts(EXPERTS, HIDDEN, WIDTH)
+        self.table = nn.Embedding(VOCAB, hidden)
+        self.router = nn.Linear(hidden, EXPERTS, bias=False)
+        self.experts = Experts(EXPERTS, hidden, width)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.5)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         x = self.table(input_ids) + 0.01 * position_ids[..., None]
-        tokens = x.view(-1, HIDDEN)
+        tokens = x.flatten(0, 1)
         shares, chosen = (8 * self.router(tokens)).softmax(-1).topk(self.chosen)
         if self.whole:
             shares = shares / shares.sum(-1, keepdim=True)
@@ -92,9 +102,49 @@ def test_experts_that_are_not_swiglu_stay_as_they_are() -> None:
     assert [node.op_type for node in graph.graph] == before
 
 
+def test_quantised_experts_are_those_that_their_weights_stand_for() -> None:
+    """In 4 bits the kernel computes in float32."""
+    how, module = Quantization(4), Mixture(2, width=32, hidden=64)
+    nn.init.normal_(module.router.weight, std=0.05)
+    graph = graph_of(module)
+    assert fuse_experts(graph) == 1
+    weights = {name: getattr(module.experts, name) for name in ("gate_up_proj", "down_proj")}
+    for name in list(graph.graph.initializers):
+        if name.startswith("experts."):
+            graph.graph.initializers[name].const_value = None
+    assert quantize_experts(graph, how) == 1
+    for name, weight in weights.items():
+        whole, suffix = weight.detach().numpy(), ""
+        if name == "gate_up_proj":
+            whole, suffix = interleave(whole), INTERLEAVED
+        packed, scales = how.pack_experts(whole)
+        for part, array in ((PACKED, packed), (SCALES, scales)):
+            value = graph.graph.initializers[f"experts.{name}{suffix}{part}"]
+            assert value.metadata_props[WEIGHT] == f"experts.{name}"
+            assert list(value.shape or ()) == list(array.shape)
+            value.const_value = ir.tensor(array, name=value.name)
+        meant = how.unpack_experts(packed, scales)
+        weight.data = torch.from_numpy(separate(meant) if suffix else meant)
+    ids, positions = torch.arange(8)[None] % VOCAB, torch.arange(8)[None]
+    with torch.inference_mode():
+        expected = module(ids, positions).numpy()
+    assert np.abs(run(graph, ids, positions) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_experts_of_no_whole_blocks_stay_as_they_are() -> None:
+    graph = graph_of(Mixture(2))
+    fuse_experts(graph)
+    for value in graph.graph.initializers.values():
+        value.const_value = None
+    before = [node.op_type for node in graph.graph]
+    assert quantize_experts(graph, Quantization(8)) == 0
+    assert [node.op_type for node in graph.graph] == before
+
+
 def test_gates_and_ups_interleaved() -> None:
     weight = np.arange(2 * 6 * 5).reshape(2, 6, 5)
     made = interleave(weight)
+    assert np.array_equal(separate(made), weight)
     for expert in range(2):
         assert [row[0] // 5 - 6 * expert for row in made[expert]] == [0, 3, 1, 4, 2, 5]
     both = torch.randn(3, 6)

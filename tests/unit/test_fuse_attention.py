@@ -209,6 +209,8 @@ def test_the_older_exporter(tmp_path: Path) -> None:
     done = rewrite_graph(path, tmp_path / "stateful.onnx")
     assert done.layout.kv_owner == (0, 0, 2, 3, 4)
     assert done.layout.window == (None, None, 4, 4096, None)
+    fired = {report.name: report.fired for report in done.reports}
+    assert fired["fuse_rms_norm"] == len(attends), "1 / Sqrt, which is how it spells a norm"
     assert done.error is not None and done.error < 2e-6
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cla_export.bundle import Bundle
 from cla_export.compare.gate import compare_bundle
+from cla_export.compare.reading import read_bundle
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.engines.torch import TorchExecutor
 from cla_export.errors import BadInput
@@ -165,6 +166,27 @@ def test_experts_are_one_operator(bundle: Bundle, kind: str) -> None:
         found = operators(graph)
         assert found["MoE"] == found["TopK"] == MIXTURES.get(kind, 0)
     assert [c.split()[1] for c in bundle.expert_choices()] == ["MoE"] * (kind in MIXTURES)
+
+
+def test_quantised_experts(tmp_path: Path) -> None:
+    """In 8 bits, where the kernel rounds what it multiplies; a value that is off is seen."""
+    folder = save(tmp_path / "model", "mixtral", hidden_size=64, intermediate_size=32)
+    made = export(folder, tmp_path / "bundle", quantize="int8")
+    assert made.expert_choices() == ["experts: QMoE (computes the chosen ones alone)"]
+    for graph in filter(None, (made.graph, made.cpu_graph)):
+        assert (operators(graph)["QMoE"], operators(graph)["MoE"]) == (2, 0)
+    report = compare_bundle(made, threads=1)
+    assert report.passed, (report.faults, report.divergence)
+    graph = ir.load(made.graph)
+    name = "model.layers.1.mlp.experts.gate_up_proj.interleaved.packed"
+    packed = graph.graph.initializers[name].const_value
+    assert packed is not None
+    values = packed.numpy().copy()
+    values[2, 3, 5] ^= 16
+    graph.graph.initializers[name].const_value = ir.tensor(values, name=name)
+    ir.save(graph, made.graph)
+    faults = read_bundle(made, load_model(open_checkpoint(folder))).faults
+    assert len(faults) == 1 and "gate_up_proj: 1 of" in faults[0]
 
 
 def operators(graph: Path | None) -> Counter[str]:

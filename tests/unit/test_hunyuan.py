@@ -1,6 +1,7 @@
 """Hunyuan with cross-layer attention against its formulas written out, dense and with experts."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,13 @@ def test_experts_where_no_operator_takes_them(tmp_path: Path) -> None:
     assert np.abs(np.concatenate(made) - expected).max() < 2e-5 * np.abs(expected).max()
     halved = export(folder, tmp_path / "halved", dtype="fp16")
     assert "MoE takes SwiGLU in float32" in halved.expert_choices()[0]
+    size = 4 * sum(math.prod(s) for n, s in open_checkpoint(folder).spec.weights().items()
+                   if ".experts." in n)  # fmt: skip
+    quantized = export(folder, tmp_path / "quantized", quantize="int4")
+    assert quantized.expert_choices() == [
+        f"experts: MoE (computes the chosen ones alone; {size:,} bytes of them are not quantised, "
+        "which QMoE takes in float32 and rows of whole blocks of 32)"
+    ]
     check_that_routers_may_tip_at_ties_alone(halved, tmp_path)
 
 
