@@ -21,7 +21,7 @@ def render(found: LoadBench, console: Console) -> None:
     work = found.work
     console.print(
         f"[bold]{escape(found.model)}[/] at {escape(found.target)}: prompts of "
-        f"{work.prompt_tokens} tokens, {work.new_tokens} new ones; milliseconds, p50 / p95 / p99",
+        f"{work.prompt_tokens} tokens, {work.new_tokens} new ones; milliseconds, p50/p95/p99",
         highlight=False,
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -51,7 +51,7 @@ def _good(found: LoadBench) -> str:
 
 
 def _three(of: Spread) -> str:
-    return " / ".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" for ms in (of.p50, of.p95, of.p99))
+    return "/".join(f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}" for ms in (of.p50, of.p95, of.p99))
 
 
 def as_csv(found: LoadBench) -> str:
