@@ -4,7 +4,6 @@ import csv
 import io
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -24,11 +23,17 @@ def render(found: LoadBench, console: Console) -> None:
         f"{work.prompt_tokens} tokens, {work.new_tokens} new ones; milliseconds, p50/p95/p99",
         highlight=False,
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("streams", "tokens/s", "first token", "between tokens", "whole answer"):
-        table.add_column(title, justify="right")
-    table.add_column("good/s", justify="right")
-    table.add_column("refused", justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in (
+        "streams",
+        "tokens/s",
+        "first token",
+        "between",
+        "whole answer",
+        "good/s",
+        "refused",
+    ):
+        table.add_column(title, justify="right", no_wrap=True)
     for level in found.levels:
         table.add_row(
             str(level.concurrency),
