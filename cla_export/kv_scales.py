@@ -9,16 +9,13 @@ our own ClaAppend round alike.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cla_export.errors import BundleError
-from cla_export.layout import KVLayout
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
+from cla_export.layout import Group, KVLayout
 
 Part = Literal["key", "value"]
 PARTS: tuple[Part, Part] = ("key", "value")
@@ -44,31 +41,25 @@ def from_int8(held: NDArray[np.int8], scale: Floats) -> Floats:
     return values
 
 
-def scales_of(graph: "ir.Graph", layout: KVLayout) -> list[Scales]:
-    """Each group's scales, from the graph's initialisers; KeyError, ValueError if one is not so."""
-    found = []
-    for group in layout.groups:
-        values = (graph.initializers[scale_name(group.index, part)].const_value for part in PARTS)
-        keys, values_ = (
-            value.numpy().copy().reshape(group.kv_heads, 1, group.head_dim)
-            for value in values
-            if value
-        )
-        found.append((keys, values_))
-    return found
-
-
 def read_scales(graph: Path, layout: KVLayout) -> list[Scales]:
     """Each group's scales, from a bundle's graph; its weights are not loaded.
 
-    Raises BundleError where the graph lacks one.
+    Raises BundleError where the graph lacks one, or it has another shape.
     """
     import onnx_ir as ir
 
-    try:
-        return scales_of(ir.load(graph).graph, layout)
-    except (KeyError, ValueError) as error:
-        raise BundleError(
-            f"{graph}: bundle.json says that its caches are int8, but the graph has no scale for "
-            f"one of them ({error}); export again"
-        ) from error
+    initializers = ir.load(graph).graph.initializers
+
+    def scale(group: Group, part: Part) -> Floats:
+        name = scale_name(group.index, part)
+        tensor = initializers[name].const_value if name in initializers else None
+        shape = (1, group.kv_heads, 1, group.head_dim)
+        if tensor is None or tuple(tensor.shape) != shape:
+            raise BundleError(
+                f"{graph}: bundle.json says that its caches are int8, but the graph has no {name} "
+                f"of shape {list(shape)}; export again"
+            )
+        values: Floats = tensor.numpy()[0].copy()
+        return values
+
+    return [(scale(group, "key"), scale(group, "value")) for group in layout.groups]

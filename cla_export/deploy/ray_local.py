@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 from typing import Self
 
@@ -101,11 +102,13 @@ class _Signals:
     @contextmanager
     def interrupting(self) -> Iterator[None]:
         """The first signal raises KeyboardInterrupt meanwhile, or has come already and does."""
-        self._interrupts = True
         if self.told.is_set():
             raise KeyboardInterrupt
-        yield
-        self._interrupts = False
+        self._interrupts = True
+        try:
+            yield
+        finally:
+            self._interrupts = False
 
     def _hear(self, _number: int, _frame: object) -> None:
         (self.again if self.told.is_set() else self.told).set()
@@ -216,7 +219,22 @@ def _start(plan: RayPlan, port: int) -> None:
     try:
         serve.run(target, name=plan.application, logging_config=QUIET)
     except RuntimeError as error:
-        raise RunError(f"the replicas did not start: {error}") from error
+        raise RunError(f"the replicas did not start: {_why(plan) or error}") from error
+
+
+def _why(plan: RayPlan) -> str:
+    """What the last replica that could not start raised; empty if none is known."""
+    from ray import serve
+
+    found = serve.status().applications.get(plan.application)
+    deployment = None if found is None else found.deployments.get(DEPLOYMENT)
+    return "" if deployment is None else raised(deployment.message)
+
+
+def raised(text: str) -> str:
+    """The exception that ends a text with tracebacks, without them."""
+    lines = text.rpartition("Traceback (most recent call last):")[2].strip("\n").splitlines()
+    return "\n".join(dropwhile(lambda line: line.startswith("  "), lines))
 
 
 def _drain(plan: RayPlan) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import sys
+import traceback
 
 import pytest
 from hypothesis import given, settings
@@ -157,3 +158,18 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingEnvironment, match=r"cla-export\[ray\]"):
         ray_local.check_installed()
+
+
+def test_of_a_replica_that_cannot_start_its_exception_is_told():
+    said = "no room\n  per slot   4 MiB\ngive less"
+
+    def fail():
+        raise BadInput(said)
+
+    try:
+        fail()
+    except BadInput as error:
+        message = "It failed to start:\nRuntimeError: " + "".join(traceback.format_exception(error))
+    assert message.count("File") == 2
+    assert ray_local.raised(message) == f"cla_export.errors.BadInput: {said}"
+    assert ray_local.raised("no replica is left") == "no replica is left"
