@@ -4,7 +4,7 @@ Single-threaded, and knows nothing of queues' limits, threads or HTTP: the engin
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,7 +28,7 @@ from cla_export.serve.slots import Slots
 Outputs = list[tuple[int, Output]]  # by the sequence's number
 
 CHUNK = 64  # prompt tokens of one call, between two steps of the others
-_FATAL = 3  # failed steps in a row after which the executor is given up
+_FATAL = 3  # failed steps after which the executor is given up, if none of their phase succeeds
 _log = logging.getLogger(__name__)
 
 
@@ -96,7 +96,7 @@ class Scheduler:
         self._budget = PrefillBudget(prefill_seconds)
         self._clock = clock
         self._observer = observer
-        self._failures = 0  # in a row
+        self._failures: Counter[str] = Counter()  # by phase, since a step of it last succeeded
         self._outputs: Outputs = []
 
     @property
@@ -140,7 +140,7 @@ class Scheduler:
             _log.exception("a tick failed")
             failure = Failure(STEP_FAILED, f"the engine failed: {error!r}")
             self._outputs += self.fail_all(failure, waiting=False)
-            self._count_failure(error)
+            self._count_failure("decode", error)
         if self._outputs:
             yield self._told()
 
@@ -283,9 +283,9 @@ class Scheduler:
             failure = Failure(STEP_FAILED, f"the {phase} step failed: {error}")
             for sequence in reversed(rows):
                 self._fail(sequence, failure)
-            self._count_failure(error)
+            self._count_failure(phase, error)
             return None
-        self._failures = 0
+        del self._failures[phase]
         if self._observer:
             self._observer.stepped(phase, self._clock() - began, len(rows), tokens)
         return logits
@@ -365,8 +365,8 @@ class Scheduler:
                 self._observer.ended(sequence, failure.kind)
         return ended
 
-    def _count_failure(self, error: Exception) -> None:
-        self._failures += 1
-        if self._failures >= _FATAL:
+    def _count_failure(self, phase: str, error: Exception) -> None:
+        self._failures[phase] += 1
+        if self._failures.total() >= _FATAL:
             self.dead = f"{_FATAL} steps in a row failed, the last with: {error}"
             self._outputs += self.fail_all(Failure(DEAD, self.dead))

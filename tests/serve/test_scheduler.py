@@ -374,6 +374,26 @@ def test_three_failed_steps_in_a_row_are_the_end():
     assert not bench.scheduler.busy
 
 
+def test_prompts_that_are_read_do_not_hide_that_no_other_step_works():
+    bench = Bench()
+    decode = bench.executor.decode
+
+    def broken(*_):
+        raise RuntimeError("device lost")
+
+    bench.executor.decode = broken
+    for i in range(2):
+        (output,) = bench.run(Request(prompt(3, i), 6))
+        assert output.failure.kind == "step_failed"
+    bench.executor.decode = decode
+    bench.run(Request(prompt(3, 2), 6))  # a step that works is a new beginning
+    bench.executor.decode = broken
+    for i in range(3):
+        assert not bench.scheduler.dead
+        bench.run(Request(prompt(3, i), 6))
+    assert "device lost" in bench.scheduler.dead
+
+
 def test_a_copy_that_raises_ends_those_that_run_and_no_more():
     bench = Bench()
     numbers = [bench.add(Request(prompt(3, i), 3 + 9 * i)) for i in range(5)]
