@@ -181,7 +181,8 @@ def plot(run: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
                     if row.factor == factor]  # fmt: skip
             axes.plot(*zip(*line, strict=True), marker=marker, color=color, label=name_of(factor))
             for budget, value in line:
-                axes.annotate(f"{value:,.0f}", (budget, value), (0, 6), fontsize=8, color=color,
+                place = (0, -13 if factor == 1 else 6)
+                axes.annotate(f"{value:,.0f}", (budget, value), place, fontsize=8, color=color,
                               textcoords="offset points", ha="center")  # fmt: skip
         budgets = sorted({row.budget / 2**20 for row in rows})
         axes.set_xscale("log", base=2)

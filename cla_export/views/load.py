@@ -4,7 +4,6 @@ import csv
 import io
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,14 +20,20 @@ def render(found: LoadBench, console: Console) -> None:
     work = found.work
     console.print(
         f"[bold]{escape(found.model)}[/] at {escape(found.target)}: prompts of "
-        f"{work.prompt_tokens} tokens, {work.new_tokens} new ones; milliseconds, p50 / p95 / p99",
+        f"{work.prompt_tokens} tokens, {work.new_tokens} new ones; milliseconds, p50/p95/p99",
         highlight=False,
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("streams", "tokens/s", "first token", "between tokens", "whole answer"):
-        table.add_column(title, justify="right")
-    table.add_column("good/s", justify="right")
-    table.add_column("refused", justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in (
+        "streams",
+        "tokens/s",
+        "first token",
+        "between",
+        "whole answer",
+        "good/s",
+        "refused",
+    ):
+        table.add_column(title, justify="right", no_wrap=True)
     for level in found.levels:
         table.add_row(
             str(level.concurrency),
@@ -51,7 +56,7 @@ def _good(found: LoadBench) -> str:
 
 
 def _three(of: Spread) -> str:
-    return " / ".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" for ms in (of.p50, of.p95, of.p99))
+    return "/".join(f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}" for ms in (of.p50, of.p95, of.p99))
 
 
 def as_csv(found: LoadBench) -> str:

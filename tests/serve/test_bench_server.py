@@ -46,7 +46,6 @@ def test_times_are_those_of_the_steps(url):
         assert level.output_token_throughput == pytest.approx(level.request_count * 6 / seconds)
         assert level.goodput == level.request_throughput
         assert level.request_throughput == pytest.approx(level.request_count / seconds)
-    assert two.output_token_throughput > one.output_token_throughput
     strict = bench_server(url, Work((1,), 2, 3, 6, between_tokens_limit_ms=1e3 * STEP / 2))
     assert strict.levels[0].goodput == 0
 
