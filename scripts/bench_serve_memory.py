@@ -181,7 +181,7 @@ def plot(run: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
                     if row.factor == factor]  # fmt: skip
             axes.plot(*zip(*line, strict=True), marker=marker, color=color, label=name_of(factor))
             for budget, value in line:
-                place = (0, -13 if factor == 1 else 6)
+                place = (0, 6 if factor == FACTORS[-1] else -13)
                 axes.annotate(f"{value:,.0f}", (budget, value), place, fontsize=8, color=color,
                               textcoords="offset points", ha="center")  # fmt: skip
         budgets = sorted({row.budget / 2**20 for row in rows})
