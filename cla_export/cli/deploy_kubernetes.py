@@ -9,7 +9,6 @@ from cla_export.cli.deploy import group
 from cla_export.cli.options import AsJson, BundleFolder
 from cla_export.cli.serve_options import KvMemory, MaxLen, Slots
 from cla_export.cli.terminal import console_for, show
-from cla_export.errors import BadInput
 
 
 @group.command(
@@ -51,6 +50,7 @@ def kubernetes(
     The memory that pods ask for is the weights, the KV pool and what the server itself takes.
     """
     from cla_export.deploy.kubernetes import MANIFESTS, write_manifests
+    from cla_export.deploy.replicas import Replicas
     from cla_export.planning import parse_bytes
 
     deployment = write_manifests(
@@ -59,7 +59,7 @@ def kubernetes(
         image=image,
         claim=claim,
         name=name,
-        replicas=_range(replicas),
+        replicas=Replicas.parse(replicas),
         cpus=cpus,
         slots=slots,
         kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
@@ -81,11 +81,3 @@ def kubernetes(
         f"{deployment.keys_secret}",
         highlight=False,
     )
-
-
-def _range(text: str) -> tuple[int, int]:
-    least, _, most = text.partition(":")
-    try:
-        return int(least), int(most or least)
-    except ValueError as error:
-        raise BadInput(f"--replicas is {text!r}; expected a number, or MIN:MAX") from error

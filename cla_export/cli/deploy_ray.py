@@ -95,6 +95,7 @@ def ray(
     """
     from cla_export.deploy import ray_config, ray_local, ray_plan
     from cla_export.deploy.ray_args import ReplicaArgs
+    from cla_export.deploy.replicas import Replicas
     from cla_export.views import serving
 
     ray_local.check_installed()
@@ -116,7 +117,7 @@ def ray(
             request_timeout=request_timeout,
             step_timeout=step_timeout,
         ),
-        replicas=ray_plan.Replicas.parse(replicas),
+        replicas=Replicas.parse(replicas),
         host=host,
         port=port,
         allow_no_key=allow_no_key,

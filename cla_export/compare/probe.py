@@ -29,6 +29,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from cla_export.compare.reference import Exact, GroupKV, Side
+from cla_export.compare.rounded_activations import hooked
 from cla_export.compare.routing import ROUTER, Routes
 from cla_export.models.capped_attention import capped_attention
 
@@ -130,12 +131,9 @@ def torch_tensors(
         for name, role in _BRANCHES.items():
             if isinstance(part := getattr(layer, name, None), nn.Module):
                 handles.append(part.register_forward_hook(steps.of_module((index, role))))
-    try:
-        with side.follow(routes) if routes else nullcontext() as followed, steps:
-            side.forward(tokens, held)
-    finally:
-        for handle in handles:
-            handle.remove()
+    following = side.follow(routes) if routes else nullcontext()
+    with hooked(handles), following as followed, steps:
+        side.forward(tokens, held)
     if followed is not None:
         steps.found |= {(layer, ROUTER): found for layer, found in followed.scores.items()}
     return steps.found, steps.sensitivity

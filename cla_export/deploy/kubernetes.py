@@ -13,10 +13,10 @@ from typing import Any
 import cla_export
 from cla_export.bundle import MANIFEST, Bundle, new_folder, open_bundle, sha256
 from cla_export.deploy.host_memory import memory_to_serve
-from cla_export.engines.executor import capacity_of
-from cla_export.engines.opening import backend_of, cache_dtype
+from cla_export.deploy.replicas import Replicas
+from cla_export.engines.opening import backend_of
 from cla_export.errors import BadInput
-from cla_export.serve.pool import PoolSize, size_pool
+from cla_export.serve.pool import PoolSize, pool_of
 
 Json = dict[str, Any]
 
@@ -38,7 +38,7 @@ class Deployment:
 
     name: str
     image: str
-    replicas: tuple[int, int]  # at least, at most
+    replicas: Replicas
     cpus: int
     claim: str | None  # volume claim that has the bundle; None: the image has it
     drain: int  # that requests may take to finish
@@ -96,15 +96,12 @@ def plan_deployment(
             f"{name!r} is no name for objects of Kubernetes; expected at most 53 of a-z, 0-9 and "
             "`-`, a letter first: give one with --name"
         )
-    least, most = replicas
-    numbers = {"--replicas": least, "--cpus": cpus, "--shutdown-timeout": drain}
+    replicas = Replicas(*replicas).checked()
+    numbers = {"--cpus": cpus, "--shutdown-timeout": drain}
     for option, number in numbers.items():
         if number < 1:
             raise BadInput(f"{option} is {number}; expected at least 1")
-    if most < least:
-        raise BadInput(f"--replicas is {least}:{most}; expected at most as many as at least")
-    capacity, dtype = capacity_of(bundle, max_len), cache_dtype(bundle, backend)
-    pool = size_pool(bundle.layout, dtype, capacity, slots, kv_memory)
+    pool = pool_of(bundle, backend, max_len, slots, kv_memory)
     # With the bundle's own digest, another bundle is another image, which a cluster rolls out.
     default = _BASE if claim else f"{name}:{sha256(bundle.folder / MANIFEST)[:12]}"
     return Deployment(

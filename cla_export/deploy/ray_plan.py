@@ -3,45 +3,22 @@
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from cla_export.bundle import Bundle, open_bundle
 from cla_export.deploy.ray_args import ReplicaArgs
+from cla_export.deploy.replicas import Replicas
 from cla_export.engines import onnxruntime_cuda
-from cla_export.engines.executor import capacity_of
-from cla_export.engines.opening import backend_of, cache_dtype
+from cla_export.engines.opening import backend_of
 from cla_export.engines.tensorrt_build import FLAVOURS, find_engine, open_engine
 from cla_export.errors import BadInput
 from cla_export.serve.chat import find_template
-from cla_export.serve.pool import PoolSize, size_pool
+from cla_export.serve.pool import PoolSize, pool_of, size_pool
 from cla_export.serve.server import Options, check_options
 
 DEPLOYMENT = "engine"  # its name in Ray
 _HEALTH_SECONDS = 2.0  # between checks; Ray gives a replica up after three that fail
 _RETRY_SECONDS = 1.0  # that a client is told to wait when the queue is full
-
-
-@dataclass(frozen=True, slots=True)
-class Replicas:
-    """How many: at least, and at most. Ray adds and removes between them by load."""
-
-    least: int
-    most: int
-
-    def __str__(self) -> str:
-        return f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """From `2`, or `1:8`."""
-        least, colon, most = text.partition(":")
-        try:
-            found = cls(int(least), int(most if colon else least))
-        except ValueError as error:
-            raise BadInput(f"--replicas is {text!r}; expected such as 2, or 1:8") from error
-        if not 1 <= found.least <= found.most:
-            raise BadInput(f"--replicas is {text!r}; expected at least 1, and no fewer at most")
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +137,7 @@ def make_plan(options: RayOptions) -> RayPlan:
 def _pool(bundle: Bundle, backend: str, served: Options) -> PoolSize:
     """Each replica's KV pool, as it will open it."""
     if backend not in FLAVOURS:
-        capacity, dtype = capacity_of(bundle, served.max_len), cache_dtype(bundle, backend)
-        return size_pool(bundle.layout, dtype, capacity, served.slots, served.kv_memory)
+        return pool_of(bundle, backend, served.max_len, served.slots, served.kv_memory)
     built = open_engine(bundle, served.engine or find_engine(bundle, backend)).record["options"]
     slots = served.slots or built["slots"]
     return size_pool(bundle.layout, bundle.dtype, built["capacity"], slots, None)

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from cla_export.bundle import Bundle, new_folder, open_bundle
 from cla_export.deploy.triton_config import CONFIG, Parameters, config_text
-from cla_export.engines.executor import capacity_of
-from cla_export.engines.opening import backend_of, cache_dtype
+from cla_export.engines.opening import backend_of
 from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.errors import BadInput
-from cla_export.serve.pool import size_pool
+from cla_export.serve.pool import pool_of
 from cla_export.serve.server import check_options
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -98,7 +97,6 @@ def _check(bundle: Bundle, parameters: Parameters) -> None:
     check_options(options)
     backend = backend_of(bundle, options.backend)
     if backend not in FLAVOURS:
-        capacity, dtype = capacity_of(bundle, options.max_len), cache_dtype(bundle, backend)
-        size_pool(bundle.layout, dtype, capacity, options.slots, options.kv_memory)
+        pool_of(bundle, backend, options.max_len, options.slots, options.kv_memory)
     elif options.kv_memory is not None:
         raise BadInput("--kv-memory does not fit an engine, whose pool is what it was built for")

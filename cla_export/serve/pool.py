@@ -2,6 +2,9 @@
 
 from dataclasses import asdict, dataclass
 
+from cla_export.bundle import Bundle
+from cla_export.engines.executor import capacity_of
+from cla_export.engines.opening import cache_dtype
 from cla_export.errors import BadInput
 from cla_export.layout import KVLayout
 
@@ -62,3 +65,14 @@ def size_pool(
             f"{token:,} bytes are {capacity * token:,}; give more, or shorter slots with --max-len"
         )
     return PoolSize(wanted, capacity, token, dense)
+
+
+def pool_of(
+    bundle: Bundle, backend: str, max_len: int | None, slots: int | None, budget: int | None
+) -> PoolSize:
+    """The pool that a backend opens for a bundle, but of an engine's, which is as it was built.
+
+    BadInput as `capacity_of` and `size_pool`.
+    """
+    dtype, capacity = cache_dtype(bundle, backend), capacity_of(bundle, max_len)
+    return size_pool(bundle.layout, dtype, capacity, slots, budget)

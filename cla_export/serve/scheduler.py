@@ -368,5 +368,8 @@ class Scheduler:
     def _count_failure(self, phase: str, error: Exception) -> None:
         self._failures[phase] += 1
         if self._failures.total() >= _FATAL:
-            self.dead = f"{_FATAL} steps in a row failed, the last with: {error}"
+            self.dead = (
+                f"{_FATAL} steps failed and none of their kind has worked since, the last with: "
+                f"{error}"
+            )
             self._outputs += self.fail_all(Failure(DEAD, self.dead))

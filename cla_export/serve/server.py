@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cla_export.bundle import Bundle, open_bundle
 from cla_export.engines import onnxruntime_cuda
-from cla_export.engines.executor import Executor, capacity_of
+from cla_export.engines.executor import Executor
 from cla_export.engines.opening import backend_of, cache_dtype, open_executor
 from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.environment import memory
@@ -16,7 +16,7 @@ from cla_export.generation import end_tokens
 from cla_export.serve.chat import find_template
 from cla_export.serve.engine import Deliver, Engine, Limits
 from cla_export.serve.model import ServedModel
-from cla_export.serve.pool import PoolSize, size_pool
+from cla_export.serve.pool import PoolSize, pool_of, size_pool
 from cla_export.serve.scheduler import CHUNK, Observer
 from cla_export.tokenizer import load_tokenizer
 
@@ -117,9 +117,7 @@ def open_model(folder: Bundle | Path | str, options: Options) -> Opened:
             f"--kv-memory does not fit {backend}: an engine's pool is what it was built for; say "
             "how many of its slots to use with --slots, or build it again"
         )
-    capacity = capacity_of(bundle, options.max_len)
-    dtype = cache_dtype(bundle, backend)
-    pool = size_pool(bundle.layout, dtype, capacity, options.slots, options.kv_memory)
+    pool = pool_of(bundle, backend, options.max_len, options.slots, options.kv_memory)
     room = memory()
     if room is not None and pool.total > room and not onnxruntime_cuda.takes(bundle) and not fixed:
         raise _no_room(pool)
@@ -128,12 +126,13 @@ def open_model(folder: Bundle | Path | str, options: Options) -> Opened:
             bundle,
             options.backend,
             engine=options.engine,
-            capacity=options.max_len if fixed else capacity,
+            capacity=options.max_len if fixed else pool.capacity,
             slots=None if fixed and options.slots is None else pool.slots,
             threads=options.threads,
         )
     except MemoryError as error:
         raise _no_room(pool) from error
+    dtype = cache_dtype(bundle, backend)
     pool = size_pool(bundle.layout, dtype, executor.capacity, executor.slots, None)
     model = ServedModel(
         name=options.name or bundle.folder.resolve().name,

@@ -368,7 +368,10 @@ def test_three_failed_steps_in_a_row_are_the_end():
     for _ in range(3):
         assert not bench.scheduler.dead
         bench.tick()
-    assert "3 steps in a row failed, the last with: device lost" in bench.scheduler.dead
+    assert (
+        "3 steps failed and none of their kind has worked since, the last with: device lost"
+        in bench.scheduler.dead
+    )
     kinds = [bench.outputs[number][-1].failure.kind for number in numbers]
     assert kinds == ["step_failed"] * 3 + ["engine_dead"] * 3
     assert not bench.scheduler.busy

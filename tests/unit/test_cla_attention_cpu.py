@@ -2,6 +2,7 @@
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -109,17 +110,19 @@ def packed(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(0, 2, 1, 3)).reshape(batch, tokens, -1)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_attention(library: Path, name: str) -> None:
-    case = CASES[name]
-    feed, expected = feed_of(case)
-    run = attention(library, case)
+def check(name: str, run: Any, feed: dict[str, np.ndarray], expected: np.ndarray) -> None:
+    """Both layouts of the queries give what is expected."""
     limit = CLOSE * max(1.0, float(np.abs(expected).max()))
     limit *= 10 if name == "big-scores" else 1  # their own rounding, before the exponential
     (y,) = run.run(None, feed)
     assert np.abs(y - expected).max() <= limit
     (y,) = run.run(None, {**feed, "q": packed(feed["q"])})
     assert np.abs(y - packed(expected)).max() <= limit
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention(library: Path, name: str) -> None:
+    check(name, attention(library, CASES[name]), *feed_of(CASES[name]))
 
 
 def test_the_bits_depend_on_neither_threads_nor_neighbours(library: Path) -> None:
@@ -245,15 +248,7 @@ def narrow_feed(case: Case, seed: int = 0) -> tuple[dict[str, np.ndarray], np.nd
 
 @pytest.mark.parametrize("name", CASES)
 def test_attention_over_an_int8_cache(library: Path, name: str) -> None:
-    case = CASES[name]
-    feed, expected = narrow_feed(case)
-    run = narrow_attention(library, case)
-    limit = CLOSE * max(1.0, float(np.abs(expected).max()))
-    limit *= 10 if name == "big-scores" else 1  # their own rounding, before the exponential
-    (y,) = run.run(None, feed)
-    assert np.abs(y - expected).max() <= limit
-    (y,) = run.run(None, {**feed, "q": packed(feed["q"])})
-    assert np.abs(y - packed(expected)).max() <= limit
+    check(name, narrow_attention(library, CASES[name]), *narrow_feed(CASES[name]))
 
 
 def test_an_int8_row_has_the_same_bits_alone(library: Path) -> None:

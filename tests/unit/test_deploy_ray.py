@@ -15,7 +15,8 @@ from cla_export.deploy.ray_affinity import HEADER, Affinity, prefix_key
 from cla_export.deploy.ray_args import ReplicaArgs
 from cla_export.deploy.ray_config import config
 from cla_export.deploy.ray_metrics import merged
-from cla_export.deploy.ray_plan import RayOptions, Replicas, make_plan
+from cla_export.deploy.ray_plan import RayOptions, make_plan
+from cla_export.deploy.replicas import Replicas
 from cla_export.errors import BadInput, MissingEnvironment
 from cla_export.layout import KVLayout
 from cla_export.serve.metrics import Metrics
