@@ -50,6 +50,7 @@ enum { LANES = 4, PANEL_ROWS = 4, PANELS = 2 };
 enum {
   BLOCK = 128,     /* keys that are scored, then weighted, at a time: they stay in L1 and L2 */
   AHEAD = 4096,    /* numbers of keys, of values or of a weight, fetched before they are used */
+  AHEAD_IN_ROWS = 2048, /* of a weight that is read row by row */
   LINE = 16,       /* floats that are fetched at a time */
   KEYS = 8,        /* keys in flight in the loop of lanes */
   TILES = 4,       /* tiles of LANES rows that share a block of keys */
@@ -633,23 +634,24 @@ typedef struct {
 } Product;
 
 /* A few tokens, at most FEW: y[t][row + j] for LANES / S rows by S tokens, a vector along the
- * columns for each. Rows and tokens beyond those there are repeat the last. The rows behind these
- * are fetched meanwhile. */
+ * columns for each. Rows and tokens beyond those there are repeat the last. Each row is read to its
+ * end before the next: processors fetch one long stream ahead far better than many short ones. */
 INLINE void tile(const Product *p, int row, int rows, const int S) {
   const int R = LANES / S;
   const float *w[LANES], *x[FEW];
   for (int j = 0; j < R; j++) w[j] = p->w + (size_t)(row + (j < rows ? j : rows - 1)) * p->k;
   for (int t = 0; t < S; t++) x[t] = p->x + (size_t)(t < p->tokens ? t : p->tokens - 1) * p->k;
-  vec sum[LANES], queries[FEW];
-  for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);
-  int d = 0;
-  for (; d + LANES <= p->k; d += LANES) {
-    for (int t = 0; t < S; t++) queries[t] = load(x[t] + d);
-    for (int j = 0; j < R; j++) {
-      vec weights = load(w[j] + d);
-      fetch(p->w + (size_t)(row + R + j) * p->k + d);
-      for (int t = 0; t < S; t++) sum[j * S + t] += weights * queries[t];
+  vec sum[LANES];
+  int d = p->k / LANES * LANES;
+  for (int j = 0; j < R; j++) {
+    vec part[FEW];
+    for (int t = 0; t < S; t++) part[t] = splat(0.0f);
+    for (int c = 0; c < d; c += LANES) {
+      vec weights = load(w[j] + c);
+      fetch(w[j] + c + AHEAD_IN_ROWS);
+      for (int t = 0; t < S; t++) part[t] += weights * load(x[t] + c);
     }
+    for (int t = 0; t < S; t++) sum[j * S + t] = part[t];
   }
   float all[LANES] ALIGNED;
   store(all, sum_each(sum));
