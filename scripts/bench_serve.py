@@ -31,7 +31,7 @@ from cla_export.bundle import Bundle, open_bundle
 from cla_export.engines.executor import Executor, Logits
 from cla_export.engines.opening import open_executor
 from cla_export.environment import cpus
-from cla_export.sampling import SamplingParams
+from cla_export.sampling import Sampler, SamplingParams, decode_and_choose
 from cla_export.serve.engine import Engine
 from cla_export.serve.requests import Output, Request
 from cla_export.serve.scheduler import Outputs
@@ -70,11 +70,21 @@ class Watched:
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._executor, name)
 
+    @property
+    def chooser(self) -> "Watched | None":
+        return None if self._executor.chooser is None else self
+
     def decode(self, slots: Sequence[int], *rows: Sequence[int]) -> Logits:
+        return self._timed(slots, lambda: self._executor.decode(slots, *rows))
+
+    def decode_and_choose(self, slots: Sequence[int], *rows: Any) -> list[int | None]:  # noqa: ANN401
+        return self._timed(slots, lambda: self._executor.decode_and_choose(slots, *rows))
+
+    def _timed(self, slots: Sequence[int], step: Callable[[], Any]) -> Any:  # noqa: ANN401
         before, began = time.thread_time(), time.perf_counter()
-        logits = self._executor.decode(slots, *rows)
+        made = step()
         self.steps.append((len(slots), time.perf_counter() - began, before, time.thread_time()))
-        return logits
+        return made
 
     def between_ms(self, rows: int) -> float:
         """Milliseconds of the calling thread's processor time between two full steps, median."""
@@ -134,10 +144,11 @@ def measure(bundle: Bundle, slots: int, sampled: bool, threads: int | None, http
 
 def bare_step(executor: Executor, slots: int, clock: Callable[[], float]) -> float:
     """Milliseconds of decode with `slots` rows in the middle of their answers."""
-    times, rows = [], range(slots)
+    times, rows, samplers = [], range(slots), [Sampler()] * slots
     for step in range(WARM + NEW // 2):
         began = clock()
-        executor.decode(rows, [5] * slots, [PROMPT + NEW // 4 + step] * slots)
+        lengths = [PROMPT + NEW // 4 + step] * slots
+        decode_and_choose(executor, rows, [5] * slots, lengths, samplers)
         times.append(clock() - began)
     return float(np.percentile(times[WARM:], 10)) * 1e3
 

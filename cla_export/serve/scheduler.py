@@ -7,10 +7,10 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cla_export.engines.executor import Executor, Logits
-from cla_export.sampling import choose
+from cla_export.sampling import choose, decode_and_choose
 from cla_export.serve.prefill_budget import PrefillBudget
 from cla_export.serve.requests import (
     BAD_LOGITS,
@@ -26,6 +26,7 @@ from cla_export.serve.sequence import Sequence
 from cla_export.serve.slots import Slots
 
 Outputs = list[tuple[int, Output]]  # by the sequence's number
+Found = TypeVar("Found")
 
 CHUNK = 64  # prompt tokens of one call, between two steps of the others
 _FATAL = 3  # failed steps after which the executor is given up, if none of their phase succeeds
@@ -260,24 +261,26 @@ class Scheduler:
         if not rows:
             return
         last, lengths = [s.tokens[-1] for s in rows], [s.length for s in rows]
-        logits = self._step(
+        samplers = [s.sampler for s in rows]
+        slots = range(len(rows))
+        found = self._step(
             "decode",
             rows,
             len(rows),
-            lambda: self.executor.decode(range(len(rows)), last, lengths),
+            lambda: decode_and_choose(self.executor, slots, last, lengths, samplers),
         )
-        if logits is not None:
+        if found is not None:
             for sequence in rows:
                 sequence.length += 1
-            self._sample(rows, logits)
+            self._take(rows, *found)
 
     def _step(
-        self, phase: str, rows: list[Sequence], tokens: int, run: Callable[[], Logits]
-    ) -> Logits | None:
+        self, phase: str, rows: list[Sequence], tokens: int, run: Callable[[], Found]
+    ) -> Found | None:
         """Run a step; None, and its rows have failed, if the executor raises."""
         began = self._clock()
         try:
-            logits = run()
+            found = run()
         except Exception as error:  # whatever a runtime raises, the others go on
             _log.exception("a %s step of %d rows failed", phase, len(rows))
             failure = Failure(STEP_FAILED, f"the {phase} step failed: {error}")
@@ -288,18 +291,23 @@ class Scheduler:
         del self._failures[phase]
         if self._observer:
             self._observer.stepped(phase, self._clock() - began, len(rows), tokens)
-        return logits
+        return found
 
     def _sample(self, rows: list[Sequence], logits: Logits) -> None:
-        """Choose a token for each row of logits [B, V], tell it, let go of who is done."""
+        """Choose a token for each row of logits [B, V], and take it."""
+        self._take(rows, choose(logits, [s.sampler for s in rows]), logits.__getitem__)
+
+    def _take(
+        self, rows: list[Sequence], tokens: list[int | None], logits: Callable[[int], Logits]
+    ) -> None:
+        """Note and tell the tokens that were chosen; let go of who is done."""
         now = self._clock()
-        tokens = choose(logits, [sequence.sampler for sequence in rows])
         bad = []
-        for sequence, token, row in zip(rows, tokens, logits, strict=True):
+        for row, (sequence, token) in enumerate(zip(rows, tokens, strict=True)):
             if token is None:
                 bad.append(sequence)
                 continue
-            sequence.add(token, row)
+            sequence.add(token, logits(row) if sequence.wants_logits else None)
             self.generated += 1
             sequence.first_token = sequence.first_token or now
             sequence.last_token = now
