@@ -96,7 +96,7 @@ class LoadedModel:
 
     def _next(self, token: int, length: int, sampler: Sampler) -> int:
         """The token after one that the slot, which holds `length`, is given."""
-        (chosen,), _ = decode_and_choose(self.executor, [0], [token], [length], [sampler])
+        chosen = decode_and_choose(self.executor, 0, token, length, sampler)
         if chosen is None:
             raise RunError(
                 f"the model's logits after {length + 1} tokens are not numbers; compare it with "

@@ -6,7 +6,7 @@ seed and how many tokens were drawn give them.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,22 +75,20 @@ Numbers = NDArray[np.float32]
 _NONE = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
-class Choice(NamedTuple):
-    """What a sequence's next token is chosen by, beside its logits; to be used at once.
+class Changes(NamedTuple):
+    """What is changed of a row's logits before anything is chosen by them, in this order."""
 
-    Attributes:
-        params: how.
-        key: 64 random bits; 0 where the likeliest is taken.
-        biased: tokens, and what is added to their logits.
-        seen: tokens that are penalised, and how often the output has each.
-        barred: tokens that are not chosen.
-    """
+    biased: tuple[Tokens, Numbers]  # tokens, and what is added to their logits
+    seen: tuple[Tokens, Numbers]  # tokens to penalise, and how often the output has each
+    barred: Tokens  # that are not chosen
+
+
+class Choice(NamedTuple):
+    """What a sequence's next token is chosen by, beside its logits; to be used at once."""
 
     params: SamplingParams
-    key: int = 0
-    biased: tuple[Tokens, Numbers] = _NONE
-    seen: tuple[Tokens, Numbers] = _NONE
-    barred: Tokens = _NONE[0]
+    key: int = 0  # 64 random bits; 0 where the likeliest is taken
+    changes: Changes | None = None
 
 
 class Sampler:
@@ -133,13 +131,12 @@ class Sampler:
 
     def next_choice(self) -> Choice:
         """How the next token is to be chosen; the random bits of it are used up."""
-        return Choice(
-            self.params,
-            self._random.random_raw() if self.params.temperature else 0,
-            self._bias,
-            _NONE if self._seen is None else (self._seen.tokens, self._seen.times),
-            self._barred if self._count < self._barred_for else _NONE[0],
-        )
+        key = self._random.random_raw() if self.params.temperature else 0
+        barred = self._barred if self._count < self._barred_for else _NONE[0]
+        if self._seen is None and not len(barred):
+            return Choice(self.params, key)
+        seen = _NONE if self._seen is None else (self._seen.tokens, self._seen.times)
+        return Choice(self.params, key, Changes(self._bias, seen, barred))
 
     def pick(self, logits: Logits, scratch: Scratch | None = None) -> int:
         """The next token for logits [V], all below infinity and one at least finite.
@@ -180,9 +177,9 @@ class _Seen:
 def pick_by(choice: Choice, logits: Logits, scratch: Scratch) -> int:
     """A token by logits [V], as `Sampler.pick`; `scratch` is changed."""
     params = choice.params
-    if not params.as_they_are or len(choice.barred):
+    if choice.changes is not None:
         scratch.row[:] = logits
-        _adjust(scratch.row, choice)
+        _adjust(scratch.row, params, choice.changes)
         logits = scratch.row
     likeliest = int(logits.argmax())
     if params.temperature == 0:
@@ -191,12 +188,11 @@ def pick_by(choice: Choice, logits: Logits, scratch: Scratch) -> int:
     return draw(scratch, params, choice.key)
 
 
-def _adjust(scores: Logits, choice: Choice) -> None:
-    """Change scores [V] by bias and penalties, and bar tokens."""
-    params = choice.params
-    tokens, bias = choice.biased
+def _adjust(scores: Logits, params: SamplingParams, changes: Changes) -> None:
+    """Change scores [V]."""
+    tokens, bias = changes.biased
     scores[tokens] += bias
-    tokens, times = choice.seen
+    tokens, times = changes.seen
     found = scores[tokens]
     found *= np.where(
         found > 0, np.float32(1 / params.repetition_penalty), np.float32(params.repetition_penalty)
@@ -204,7 +200,7 @@ def _adjust(scores: Logits, choice: Choice) -> None:
     found -= np.float32(params.frequency_penalty) * times
     found[times > 0] -= np.float32(params.presence_penalty)
     scores[tokens] = found
-    scores[choice.barred] = -np.inf
+    scores[changes.barred] = -np.inf
 
 
 def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
@@ -229,23 +225,13 @@ def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
 
 
 def decode_and_choose(
-    executor: Executor,
-    slots: Sequence[int],
-    tokens: Sequence[int],
-    lengths: Sequence[int],
-    samplers: Sequence[Sampler],
-) -> "tuple[list[int | None], Callable[[int], Logits]]":
-    """`executor.decode`, and `choose` from what it gives: where the logits are, if it can.
-
-    Returns the tokens, and what gives a row's logits [V] until the executor's next step.
-    """
-    chooser = executor.chooser
-    if chooser is None:
-        logits = executor.decode(slots, tokens, lengths)
-        return choose(logits, samplers), logits.__getitem__
-    choices = [sampler.next_choice() for sampler in samplers]
-    chosen = chooser.decode_and_choose(slots, tokens, lengths, choices)
-    for sampler, token in zip(samplers, chosen, strict=True):
-        if token is not None:
-            sampler.take(token)
-    return chosen, chooser.logits_of
+    executor: Executor, slot: int, token: int, length: int, sampler: Sampler
+) -> int | None:
+    """One step of one slot, and the token after it: chosen where the logits are, if that can be."""
+    if executor.chooser is None:
+        return choose(executor.decode([slot], [token], [length]), [sampler])[0]
+    executor.chooser.begin_decode([slot], [token], [length], [sampler.next_choice()])
+    (chosen,) = executor.chooser.end_decode()
+    if chosen is not None:
+        sampler.take(chosen)
+    return chosen

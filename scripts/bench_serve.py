@@ -1,5 +1,7 @@
 """What batching brings, and what the scheduler and HTTP cost beside the bare executor's step.
 
+On a GPU a step includes choosing its tokens, and the scheduler works while the next one runs.
+
 For each number of slots: the bare executor's decode step; the engine's tokens per second with twice
 as many requests as slots; and as many streams over HTTP, whose client is a process of its own on
 the same cores. What the scheduler and HTTP cost is the processor time of their threads for each
@@ -31,7 +33,7 @@ from cla_export.bundle import Bundle, open_bundle
 from cla_export.engines.executor import Executor, Logits
 from cla_export.engines.opening import open_executor
 from cla_export.environment import cpus
-from cla_export.sampling import Sampler, SamplingParams, decode_and_choose
+from cla_export.sampling import Choice, SamplingParams
 from cla_export.serve.engine import Engine
 from cla_export.serve.requests import Output, Request
 from cla_export.serve.scheduler import Outputs
@@ -77,8 +79,12 @@ class Watched:
     def decode(self, slots: Sequence[int], *rows: Sequence[int]) -> Logits:
         return self._timed(slots, lambda: self._executor.decode(slots, *rows))
 
-    def decode_and_choose(self, slots: Sequence[int], *rows: Any) -> list[int | None]:  # noqa: ANN401
-        return self._timed(slots, lambda: self._executor.decode_and_choose(slots, *rows))
+    def begin_decode(self, slots: Sequence[int], *rows: Any) -> None:  # noqa: ANN401
+        self._begun = slots
+        self._executor.begin_decode(slots, *rows)
+
+    def end_decode(self) -> list[int | None]:
+        return self._timed(self._begun, self._executor.end_decode)
 
     def _timed(self, slots: Sequence[int], step: Callable[[], Any]) -> Any:  # noqa: ANN401
         before, began = time.thread_time(), time.perf_counter()
@@ -144,11 +150,15 @@ def measure(bundle: Bundle, slots: int, sampled: bool, threads: int | None, http
 
 def bare_step(executor: Executor, slots: int, clock: Callable[[], float]) -> float:
     """Milliseconds of decode with `slots` rows in the middle of their answers."""
-    times, rows, samplers = [], range(slots), [Sampler()] * slots
+    times, rows, params = [], range(slots), SamplingParams()
     for step in range(WARM + NEW // 2):
         began = clock()
         lengths = [PROMPT + NEW // 4 + step] * slots
-        decode_and_choose(executor, rows, [5] * slots, lengths, samplers)
+        if executor.chooser is None:
+            executor.decode(rows, [5] * slots, lengths)
+        else:
+            executor.chooser.begin_decode(rows, [5] * slots, lengths, [Choice(params)] * slots)
+            executor.chooser.end_decode()
         times.append(clock() - began)
     return float(np.percentile(times[WARM:], 10)) * 1e3
 

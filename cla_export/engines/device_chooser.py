@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Sequence
+from operator import is_
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from cla_export.engines.cuda_memory import Memory
 from cla_export.errors import RunError
 from cla_export.plugin.compile import compile_choice
-from cla_export.sampling import Choice
+from cla_export.sampling import Changes, Choice, SamplingParams
 
 _THREADS = 1024
 _BLOCK = 256  # tokens
@@ -35,7 +36,9 @@ _PICK = np.dtype(
         ("unused", np.int32),
     ]
 )
+_PLACES = ("biased", "seen", "barred", "end")
 _CHANGE = np.dtype([("token", np.int32), ("value", np.float32)])
+_NONE = np.empty(0, _CHANGE)
 
 
 class DeviceChooser:
@@ -67,10 +70,23 @@ class DeviceChooser:
         self._tokens = memory.allocate(rows * 8)
         self._changes, self._room = 0, 0  # address and size
         self._scratch = 0
+        self._asked = 0  # rows
+        self._params: tuple[SamplingParams, ...] = ()  # of the rows that `_packed` is of
+        self._packed = np.empty(0, _PICK)
+        self._plain = False  # whether it says that nothing is changed
 
     def prepare(self, choices: Sequence[Choice]) -> None:
         """Take what the rows of the next step are chosen by to the GPU."""
-        picks, changes = pack(choices)
+        params, keys, changed = zip(*choices, strict=True)
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            self._params, self._packed = params, pack_params(params)
+            self._plain = False
+        picks = self._packed
+        picks["key"] = keys
+        changes = _NONE
+        if any(changed) or not self._plain:
+            changes = pack_changes(picks, changed)
+            self._plain = not any(changed)
         if not self._scratch and (len(changes) or picks["temperature"].any()):
             size = self._rows * -(-self._vocab // _BLOCK) * _BLOCK * 4
             self._scratch = self._memory.allocate(size)
@@ -83,47 +99,58 @@ class DeviceChooser:
             self._memory.upload(self._changes, changes)
         self._memory.upload(self._picks, picks)
 
-    def choose(self, logits: int, rows: int) -> list[int | None]:
-        """Tokens by logits [rows, V] at an address; None for a row that is not numbers."""
+    def choose(self, logits: int, rows: int) -> None:
+        """Queue the choice by logits [rows, V] at an address, as prepared."""
         config = self._core.LaunchConfig(grid=rows, block=_THREADS)
         self._core.launch(
             self._stream, config, self._kernel, logits, self._picks, self._changes, self._scratch,
             self._tokens, np.int32(self._vocab),
         )  # fmt: skip
-        tokens = np.empty(rows, np.int64)
+        self._asked = rows
+
+    def tokens(self) -> list[int | None]:
+        """The tokens that were chosen last; None for a row that is not numbers."""
+        tokens = np.empty(self._asked, np.int64)
         self._memory.download(self._tokens, tokens)
         return [None if token < 0 else token for token in tokens.tolist()]
 
 
-def pack(choices: Sequence[Choice]) -> tuple[NDArray[np.void], NDArray[np.void]]:
-    """Choices as the kernel takes them: a `Pick` each, and the `Change`s of all rows' tokens."""
-    picks, tokens, values, end = [], [], [], 0
-    for params, key, biased, seen, barred in choices:
-        starts = [end]
-        for changed, value in (biased, seen, (barred, np.zeros(len(barred), np.float32))):
-            end += len(changed)
-            starts.append(end)
-            if len(changed):
-                tokens.append(changed)
-                values.append(value)
-        heat, penalty = params.temperature, params.repetition_penalty
-        picks.append(
-            (
-                params.top_p,
-                key,
-                max(heat, _COLDEST) if heat else 0.0,
-                math.log(params.min_p) if params.min_p else -math.inf,
-                penalty,
-                1 / penalty,
-                params.presence_penalty,
-                params.frequency_penalty,
-                min(params.top_k, _MOST),
-                *starts,
-                0,
-            )
+def pack_params(params: Sequence[SamplingParams]) -> NDArray[np.void]:
+    """A `Pick` for each row, without its key and changes."""
+    rows = [
+        (
+            each.top_p,
+            0,
+            max(each.temperature, _COLDEST) if each.temperature else 0.0,
+            math.log(each.min_p) if each.min_p else -math.inf,
+            each.repetition_penalty,
+            1 / each.repetition_penalty,
+            each.presence_penalty,
+            each.frequency_penalty,
+            min(each.top_k, _MOST),
+            *(0, 0, 0, 0, 0),
         )
-    changes = np.empty(end, _CHANGE)
+        for each in params
+    ]
+    return np.array(rows, _PICK)
+
+
+def pack_changes(picks: NDArray[np.void], changes: Sequence[Changes | None]) -> NDArray[np.void]:
+    """The `Change`s of all rows, one after another; where they begin and end goes into `picks`."""
+    tokens, values, places, end = [], [], [], 0
+    for each in changes:
+        places.append([end] * 4)
+        if each is None:
+            continue
+        pairs = each.biased, each.seen, (each.barred, np.zeros(len(each.barred), np.float32))
+        for kind, (changed, value) in enumerate(pairs, 1):
+            end += len(changed)
+            places[-1][kind:] = [end] * (4 - kind)
+            tokens.append(changed)
+            values.append(value)
+    for name, column in zip(_PLACES, np.array(places, np.int32).T, strict=True):
+        picks[name] = column
+    made = np.empty(end, _CHANGE)
     if end:
-        np.concatenate(tokens, out=changes["token"], casting="same_kind")
-        np.concatenate(values, out=changes["value"])
-    return np.array(picks, _PICK), changes
+        made["token"], made["value"] = np.concatenate(tokens), np.concatenate(values)
+    return made

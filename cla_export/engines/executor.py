@@ -58,19 +58,26 @@ class Executor(Protocol):
 
 
 class TokenChooser(Protocol):
-    """An executor that chooses tokens where their logits are, so that these need not be moved."""
+    """An executor that chooses tokens where their logits are, so that these need not be moved.
 
-    def decode_and_choose(
+    Between `begin_decode` and `end_decode` the caller is free, and may prefill and copy: that
+    happens after the step. A step whose tokens nobody wants need not be ended.
+    """
+
+    def begin_decode(
         self,
         slots: Sequence[int],
         tokens: Sequence[int],
         lengths: Sequence[int],
         choices: Sequence["Choice"],
-    ) -> list[int | None]:
-        """As `decode`, but the next token of each row; None for a row that is not numbers."""
+    ) -> None:
+        """Start a step as `decode` is, and the choice of each row's next token."""
+
+    def end_decode(self) -> list[int | None]:
+        """Those tokens, when they are there; None for a row that is not numbers."""
 
     def logits_of(self, row: int) -> Logits:
-        """Logits [V] of a row of the last `decode_and_choose`, until the next step."""
+        """Logits [V] of a row of that step, until the next begins."""
 
 
 class PooledExecutor(ABC):

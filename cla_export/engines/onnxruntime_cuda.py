@@ -79,6 +79,7 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
     """
 
     backend = "onnxruntime"
+    reads_rows_at_once = False
 
     def __init__(
         self,
@@ -171,19 +172,23 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
     def chooser(self) -> TokenChooser:
         return self
 
-    def decode_and_choose(
+    def begin_decode(
         self,
         slots: Sequence[int],
         tokens: Sequence[int],
         lengths: Sequence[int],
         choices: Sequence[Choice],
-    ) -> list[int | None]:
-        """As `TokenChooser.decode_and_choose`. Errors as for `decode`."""
+    ) -> None:
+        """As `TokenChooser.begin_decode`. Errors as for `decode`."""
         first, rows = self._check_decode(slots, tokens, lengths), len(slots)
         self._chooser.prepare(choices)
         self._feed(np.array(tokens, np.int64)[:, None], np.array(lengths, np.int64), 1)
         self._step_at(first, rows)
-        return self._chooser.choose(self._logits_at, rows)
+        self._chooser.choose(self._logits_at, rows)
+
+    def end_decode(self) -> list[int | None]:
+        """As `TokenChooser.end_decode`."""
+        return self._chooser.tokens()
 
     def logits_of(self, row: int) -> Logits:
         """As `TokenChooser.logits_of`."""

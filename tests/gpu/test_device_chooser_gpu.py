@@ -14,7 +14,7 @@ from cla_export.engines.cuda_memory import CudaMemory
 from cla_export.engines.device_chooser import DeviceChooser
 from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
 from cla_export.errors import MissingEnvironment, RunError
-from cla_export.sampling import Sampler, SamplingParams, choose, decode_and_choose, pick_by
+from cla_export.sampling import Sampler, SamplingParams, choose, pick_by
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 VOCABULARIES = (3, 40, 2048, 50257, 151936)
@@ -60,7 +60,8 @@ def chosen(memory: CudaMemory, dtype: str, logits: np.ndarray, choices: list) ->
     at = memory.allocate(logits.nbytes)
     memory.upload(at, logits)
     chooser.prepare(choices)
-    return chooser.choose(at, len(logits))
+    chooser.choose(at, len(logits))
+    return chooser.tokens()
 
 
 def samplers(params: SamplingParams) -> list[Sampler]:
@@ -172,8 +173,8 @@ def test_an_executor_chooses_by_its_own_logits(zoo: Zoo, dtype: str, stock: bool
         arguments = range(3), [5, 6, 7], [3 + step] * 3
         logits = executor.decode(*arguments)
         params = [SamplingParams(), WAYS["all"], WAYS["penalties"]]
-        pairs = [[Sampler(way, [1], choice=step) for way in params] for _ in range(2)]
-        found, logits_of = decode_and_choose(executor, *arguments, pairs[0])
-        assert found == choose(logits, pairs[1])
+        first, second = ([Sampler(way, [1], choice=step) for way in params] for _ in range(2))
+        executor.begin_decode(*arguments, [sampler.next_choice() for sampler in first])
+        assert executor.end_decode() == choose(logits, second)
         for row in range(3):
-            assert np.array_equal(logits_of(row), logits[row])
+            assert np.array_equal(executor.logits_of(row), logits[row])
