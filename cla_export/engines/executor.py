@@ -33,6 +33,7 @@ class Executor(Protocol):
     slots: int
     vocab_size: int
     reads_rows_at_once: bool  # whether several rows of prefill_rows take less time than one by one
+    chunk: int  # tokens of a prompt that one call should have while other rows wait to decode
 
     @property
     def chooser(self) -> "TokenChooser | None":
@@ -85,6 +86,7 @@ class PooledExecutor(ABC):
 
     backend: str
     reads_rows_at_once = True
+    chunk = 64
 
     def __init__(self, layout: KVLayout, capacity: int, slots: int, vocab_size: int) -> None:
         if capacity < 1 or slots < 1:

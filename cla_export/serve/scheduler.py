@@ -28,7 +28,6 @@ from cla_export.serve.slots import Slots
 Outputs = list[tuple[int, Output]]  # by the sequence's number
 Found = TypeVar("Found")
 
-CHUNK = 64  # prompt tokens of one call, between two steps of the others
 _FATAL = 3  # failed steps after which the executor is given up, if none of their phase succeeds
 _log = logging.getLogger(__name__)
 
@@ -71,7 +70,8 @@ class Scheduler:
     Args:
         executor: owned from now on; what it holds is overwritten.
         clock: seconds; deadlines are by it.
-        chunk: prompt tokens of one call. A slower executor wants fewer: the others wait for it.
+        chunk: prompt tokens of one call, between two steps of the others, who wait for it; None:
+            what is right for the executor.
         prefill_seconds: that prompts may take of each round in which others decode, on average;
             None: one call a round.
         observer: who is told.
@@ -82,12 +82,12 @@ class Scheduler:
         executor: Executor,
         clock: Callable[[], float],
         *,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         prefill_seconds: float | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.executor = executor
-        self.chunk = chunk
+        self.chunk = chunk = executor.chunk if chunk is None else chunk
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []  # one, or several that one call reads
         self.active: list[Sequence] = []  # active[i] is in slot i
