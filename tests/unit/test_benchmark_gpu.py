@@ -2,73 +2,45 @@
 
 import io
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from models_zoo import Zoo
 from rich.console import Console
+from simulated_gpu import Gpu
 
 import cla_export
-from cla_export import device_bandwidth
 from cla_export.benchmark import Bench, compare, measure, places, timing
 from cla_export.bundle import Bundle
-from cla_export.device_bandwidth import read_device_bandwidth
 from cla_export.engines import onnxruntime_cuda
-from cla_export.engines.cuda_memory import CudaMemory
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
-from cla_export.errors import BadInput, MissingEnvironment, RunError
+from cla_export.errors import BadInput
 from cla_export.floor import Weights, read_weights
-from cla_export.plugin.compile import compile_reader
 from cla_export.views.benchmark import markdown, render
 
 BANDWIDTH = 1e9  # bytes per second
-ALL = 80 << 30  # bytes of memory
 SLOT = 3 << 20  # that each slot of an executor takes there
 TINY = {"kv_owner": (0, 0)}  # tied, 24 wide, MLP 20, vocabulary 61, 4 query heads on 2, of 16
 WEIGHTS = 2 * (2 * (2 * 24 * 64) + 2 * 24 * 32 + 2 * 3 * 24 * 20 + 5 * 24 + 61 * 24)
 ROPE = 2 * 8 * 4  # bytes of a token's cosines and sines, float32 in the file
 
 
-class Gpu:
-    """Stands for a GPU, as `CudaMemory` shows it."""
-
-    name, stream, compute_capability, multiprocessors = "NVIDIA H200", 7, "9.0", 132
+class Counting(Gpu):
+    """With a word on every call of `decode_greedy`: slots, lengths, steps."""
 
     def __init__(self) -> None:
-        self.used, self.held = 1 << 30, 0  # held: freed, for later allocations
-        self.blocks: dict[int, int] = {}
+        super().__init__()
         self.calls: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
-
-    def read_driver(self) -> str:
-        return "580.65.06"
-
-    def read_free(self) -> tuple[int, int]:
-        return ALL - self.used - self.held, ALL
-
-    def trim(self) -> None:
-        self.held = 0
-
-    def allocate(self, size: int) -> int:
-        address = (len(self.blocks) + 1) << 40
-        self.blocks[address] = size
-        self.used += size
-        return address
-
-    def free(self, address: int) -> None:
-        size = self.blocks.pop(address)
-        self.used, self.held = self.used - size, self.held + size
 
 
 @contextmanager
-def made_up() -> Iterator[Gpu]:
+def made_up() -> Iterator[Counting]:
     """A GPU, and an executor on it that chooses tokens itself."""
-    gpu = Gpu()
+    gpu = Counting()
 
     class Executor(OnnxRuntimeExecutor):
         def __init__(self, bundle: Bundle, *, capacity: int, slots: int) -> None:
@@ -99,13 +71,13 @@ def made_up() -> Iterator[Gpu]:
 
 
 @pytest.fixture
-def gpu() -> Iterator[Gpu]:
+def gpu() -> Iterator[Counting]:
     with made_up() as gpu:
         yield gpu
 
 
 @pytest.fixture(scope="module")
-def run(zoo: Zoo) -> tuple[Bench, Gpu]:
+def run(zoo: Zoo) -> tuple[Bench, Counting]:
     """All cells of a few, and the GPU afterwards."""
     bundle = zoo.bundle("onnxruntime", "fp16", **TINY)
     with made_up() as gpu:
@@ -114,7 +86,7 @@ def run(zoo: Zoo) -> tuple[Bench, Gpu]:
 
 
 @pytest.fixture
-def measured(run: tuple[Bench, Gpu]) -> Bench:
+def measured(run: tuple[Bench, Counting]) -> Bench:
     return run[0]
 
 
@@ -138,7 +110,7 @@ def test_rows(zoo: Zoo, measured: Bench) -> None:
     assert measured.graph == graph.name
 
 
-def test_steps_are_timed_as_one(run: tuple[Bench, Gpu]) -> None:
+def test_steps_are_timed_as_one(run: tuple[Bench, Counting]) -> None:
     _, gpu = run
     once = 1 + timing._TIMINGS
     assert gpu.calls == [
@@ -149,7 +121,9 @@ def test_steps_are_timed_as_one(run: tuple[Bench, Gpu]) -> None:
     ]
 
 
-def test_milliseconds_are_of_a_step(zoo: Zoo, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_milliseconds_are_of_a_step(
+    zoo: Zoo, gpu: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of calls that take 60 ms and make four."""
     clock = iter(np.cumsum([0, 1, *[0.060, 1] * timing._TIMINGS]))
     monkeypatch.setattr(timing, "perf_counter", lambda: float(next(clock)))
@@ -179,7 +153,7 @@ def test_weights_of_graphs_for_gpus(zoo: Zoo, stock: bool) -> None:
         assert read_weights(graph) == Weights(WEIGHTS, row)
 
 
-def test_steps_by_default(zoo: Zoo, gpu: Gpu) -> None:
+def test_steps_by_default(zoo: Zoo, gpu: Counting) -> None:
     options: Any = {"batches": [1], "contexts": [8], "phases": ["decode"]}
     with pytest.raises(BadInput, match="has 64 positions, and the steps take 67 of them"):
         cla_export.bench(zoo.bundle("onnxruntime", "fp16", **TINY), **options)
@@ -190,7 +164,7 @@ def test_steps_by_default(zoo: Zoo, gpu: Gpu) -> None:
 
 
 def test_an_engine_of_tensorrt_takes_memory_and_has_no_floor(
-    zoo: Zoo, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+    zoo: Zoo, gpu: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = zoo.bundle(**TINY)
     held: list[int] = []
@@ -253,128 +227,3 @@ def test_the_table_and_markdown(measured: Bench) -> None:
         assert "memory delivers 4,561.7 GB/s to a reading kernel" in whole
         assert "GPU MiB" in whole
     assert {line.count("|") for line in shown.splitlines()[4:]} == {10}
-
-
-# What is asked of a GPU
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """cuda-core and the driver, as far as `CudaMemory` asks them."""
-    state = SimpleNamespace(free=5 << 30, failing=False, version=(580, 65, 6), trimmed=[])
-
-    def version() -> tuple[int, ...]:
-        if state.version is None:
-            raise RuntimeError("NVML is not there")
-        return state.version
-
-    def trim(pool: int, keep: int) -> tuple[int]:
-        assert state.trimmed.pop() == "synchronised"
-        state.trimmed.append((pool, keep))
-        return (0,)
-
-    device = SimpleNamespace(
-        set_current=lambda: None,
-        compute_capability=SimpleNamespace(major=9, minor=0),
-        name="NVIDIA H200",
-        properties=SimpleNamespace(multiprocessor_count=132),
-        create_stream=lambda: SimpleNamespace(handle=7),
-        sync=lambda: state.trimmed.append("synchronised"),
-        memory_resource=SimpleNamespace(handle=11),
-    )
-    core = SimpleNamespace(
-        Device=lambda _number: device,
-        LegacyPinnedMemoryResource=object,
-        system=SimpleNamespace(get_kernel_mode_driver_version=version),
-    )
-    driver = SimpleNamespace(
-        CUresult=SimpleNamespace(CUDA_SUCCESS=0),
-        cuMemGetInfo=lambda: (999 if state.failing else 0, state.free, ALL),
-        cuMemPoolTrimTo=trim,
-        cuDriverGetVersion=lambda: (0, 13020),
-    )
-    monkeypatch.setitem(sys.modules, "cuda.core", core)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-    return state
-
-
-def test_free_memory_and_trimming(cuda: SimpleNamespace) -> None:
-    memory = CudaMemory()
-    assert memory.read_free() == (5 << 30, ALL)
-    assert memory.multiprocessors == 132
-    memory.trim()
-    assert cuda.trimmed == [(11, 0)]
-    cuda.failing = True
-    with pytest.raises(RunError, match="cuMemGetInfo failed on NVIDIA H200: 999"):
-        memory.read_free()
-
-
-@pytest.mark.parametrize(
-    ("version", "text"),
-    [((580, 65, 6), "580.65.06"), ((570, 124), "570.124"), (None, "CUDA 13.2")],
-)
-def test_the_drivers_version(
-    cuda: SimpleNamespace, version: tuple[int, ...] | None, text: str
-) -> None:
-    cuda.version = version
-    assert CudaMemory().read_driver() == text
-
-
-class Timed(Gpu):
-    """A GPU whose captured passes take so many seconds, one time after another."""
-
-    def __init__(self, seconds: list[float], free: int) -> None:
-        super().__init__()
-        self.used = ALL - free
-        self.seconds, self.now = iter(seconds), 0.0
-        self.passes: list[tuple[int, int]] = []  # address, size
-
-    def capture(self, work: Any) -> Any:
-        assert len(self.passes) == 1, "the kernel is loaded before it is captured"
-        work()
-
-        def launch() -> None:
-            self.now += next(self.seconds)
-
-        return launch
-
-    def download(self, address: int, array: np.ndarray) -> None:
-        assert address in self.blocks
-
-
-@pytest.mark.parametrize(("free", "size"), [(100 << 30, 4 << 30), (5 << 30, 5 << 29)])
-def test_bandwidth_is_the_best_timing_but_not_the_first(
-    monkeypatch: pytest.MonkeyPatch, free: int, size: int
-) -> None:
-    memory: Any = Timed([0.001, 0.02, 0.016, 0.03, 0.017, 0.02, 0.02], free)
-    reader = SimpleNamespace(queue=lambda at, size, *_: memory.passes.append((at, size)))
-    monkeypatch.setattr(device_bandwidth, "Reader", lambda _memory: reader)
-    monkeypatch.setattr(device_bandwidth, "perf_counter", lambda: memory.now)
-    assert read_device_bandwidth(memory) == pytest.approx(16 * size / 0.016)
-    assert len(memory.passes) == 17
-    assert {passed[1] for passed in memory.passes} == {size}
-    assert (memory.blocks, memory.held) == ({}, 0)
-
-
-def test_a_full_gpu_is_refused() -> None:
-    full: Any = Timed([], 3 << 29)
-    with pytest.raises(RunError, match=r"NVIDIA H200 has 1\.50 GiB free; .*twice that must be"):
-        read_device_bandwidth(full)
-
-
-def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("no NVRTC")
-
-    core = SimpleNamespace(Stream=SimpleNamespace(from_handle=lambda handle: handle))
-    monkeypatch.setitem(sys.modules, "cuda.core", core)
-    monkeypatch.setattr(device_bandwidth, "compile_reader", fail)
-    memory: Any = Gpu()
-    with pytest.raises(MissingEnvironment, match=r"no NVRTC; pip install 'cla-export\[plugin\]'"):
-        device_bandwidth.Reader(memory)
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
-def test_the_reading_kernel_compiles(capability: tuple[int, int]) -> None:
-    threads, loads = device_bandwidth._THREADS, device_bandwidth._LOADS
-    assert compile_reader(threads, loads, capability, None).code
