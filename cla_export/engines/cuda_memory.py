@@ -129,12 +129,14 @@ class CudaMemory:
 
         What was freed here is held for later allocations until `trim`.
         """
+        self.enter()
         status, free, total = self._driver.cuMemGetInfo()
         self._check(status, "cuMemGetInfo")
         return int(free), int(total)
 
     def trim(self) -> None:
         """Give back to the GPU what was freed here and is held for later allocations."""
+        self.enter()
         self._device.sync()
         pool = getattr(self._device.memory_resource, "handle", None)  # there are others than pools
         if pool is not None:
