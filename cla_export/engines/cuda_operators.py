@@ -7,6 +7,7 @@ once for each captured decode step, and for every node of a prompt.
 import ctypes
 import importlib
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -128,7 +129,7 @@ class CudaOperators:
         x, w, norm, residual = (call.inputs[i] for i in range(4))
         y, gated = call.outputs[0], bool(node["gated"])
         rows, k = w.shape
-        tokens, n = int(np.prod(x.shape[:-1])), rows // (2 if gated else 1)
+        tokens, n = prod(x.shape[:-1]), rows // (2 if gated else 1)
         if tokens == 0:
             return
         source = x.data
@@ -177,7 +178,7 @@ class CudaOperators:
             for i in (0, 1):
                 old, new = call.inputs[4 + i].data, call.outputs[1 + i].data
                 if old != new:
-                    self._memory.copy(old, new, int(np.prod(past.shape)) * 2)
+                    self._memory.copy(old, new, prod(past.shape) * 2)
             keys, values = call.outputs[1].data, call.outputs[2].data
         numbers = (
             width // (2 * half),
@@ -215,7 +216,7 @@ class CudaOperators:
         plan = self._problems[problem]
         workspace = self._room("partial", plan.workspace_bytes) if plan.workspace_bytes else 0
         asked, made = q.data, y.data
-        size = int(np.prod(q.shape)) * 2
+        size = prod(q.shape) * 2
         if queries > 1:
             asked, made = self._room("asked", size), self._room("made", size)
             self._swap(q.data, asked, batch, queries, problem.query_heads, dim)
@@ -228,13 +229,11 @@ class CudaOperators:
         self._queue("swap", batch * a * b, 64, source, target, *map(np.int32, (a, b, dim)))
 
     def _queue(self, name: str, blocks: int, threads: int, *arguments: Any) -> None:  # noqa: ANN401
-        gpu = self._launcher.gpu
         if name not in self._kernels:
-            module = compile_operators(self._dtype == "bfloat16", gpu.compute_capability)
+            capability = self._launcher.gpu.compute_capability
+            module = compile_operators(self._dtype == "bfloat16", capability)
             self._kernels[name] = module.get_kernel(name)
-        config = self._core.LaunchConfig(
-            grid=blocks, block=threads, programmatic_stream_serialization=gpu.has_clusters
-        )
+        config = self._launcher.config(blocks, threads, overlap=True)
         self._core.launch(self._stream, config, self._kernels[name], *arguments)
 
     def _room(self, name: str, size: int) -> int:

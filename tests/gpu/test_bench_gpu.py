@@ -3,6 +3,8 @@
 Skipped where there is no GPU; what runs a bundle also where there is no onnxruntime-gpu.
 """
 
+import os
+
 import numpy as np
 import pytest
 import torch  # before ONNX Runtime: it brings the CUDA libraries
@@ -17,6 +19,9 @@ from cla_export.errors import MissingEnvironment
 
 ON_GPU = pytest.mark.skipif(
     not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu"
+)
+ALONE = pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="looks at the GPU's memory; run it without -n"
 )
 LONG = {"kv_owner": (0, 0), "head_dim": 64, "max_position_embeddings": 8192}
 TOKEN = 2 * 2 * 64 * 2  # bytes of keys and values, of one group with two heads, in 16 bits
@@ -50,6 +55,7 @@ def test_every_byte_is_read(memory: CudaMemory) -> None:
         memory.upload(data + 4 * place, np.zeros(1, np.uint32))
 
 
+@ALONE
 def test_bandwidth(memory: CudaMemory) -> None:
     """A plausible one, hardly less than a sum by PyTorch gets; and the memory comes back."""
     memory.trim()
@@ -83,6 +89,7 @@ def test_the_driver(memory: CudaMemory) -> None:
 
 
 @ON_GPU
+@ALONE
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_rows(zoo: Zoo, dtype: str) -> None:
     bundle = zoo.bundle("onnxruntime", dtype, **LONG)
