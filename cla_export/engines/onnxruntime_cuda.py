@@ -3,7 +3,8 @@
 A prompt runs in chunks, and several short ones in one call; but row by row where attention is
 GroupQueryAttention, which takes several rows only for decode. A decode step over the first rows is
 captured on its first use, one graph for each number of rows: it holds the addresses of pools,
-inputs and logits, so what changes between steps is only what these hold. Greedy tokens are picked on the device and handed from step to step there.
+inputs and logits, so what changes between steps is only what these hold. Tokens are chosen on the
+device, greedy ones are handed from step to step there.
 
 Rules of ONNX Runtime's CUDA provider that this file keeps:
 
