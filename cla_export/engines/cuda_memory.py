@@ -5,6 +5,7 @@ Everything happens in the order of one stream. What is allocated lives as long a
 
 import ctypes
 import importlib
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -68,8 +69,18 @@ class CudaMemory:
         self._pinned = self._core.LegacyPinnedMemoryResource()
         self._buffers: dict[int, Any] = {}
         self._staging: tuple[Any, NDArray[np.uint8]] | None = None
+        self._thread = threading.get_ident()
+
+    def enter(self) -> None:
+        """Make this GPU the calling thread's: what CUDA does is by a thread's own setting."""
+        thread = threading.get_ident()
+        if thread != self._thread:
+            self._device = self._core.Device(self._device.device_id)
+            self._device.set_current()
+            self._thread = thread
 
     def allocate(self, size: int) -> int:
+        self.enter()
         try:
             buffer = self._device.allocate(size, stream=self._stream)
         except Exception as error:  # cuda-core's own
@@ -83,24 +94,29 @@ class CudaMemory:
         return address
 
     def free(self, address: int) -> None:
+        self.enter()
         self._buffers.pop(address).close(self._stream)
 
     def upload(self, address: int, array: NDArray[np.generic]) -> None:
+        self.enter()
         self._stream.sync()  # what was staged before may still be on its way
         staged, host = self._stage(array.nbytes)
         host[: array.nbytes] = _bytes(np.ascontiguousarray(array))
         staged.copy_to(self._part(address, array.nbytes), stream=self._stream)
 
     def download(self, address: int, array: NDArray[np.generic]) -> None:
+        self.enter()
         staged, host = self._stage(array.nbytes)
         self._part(address, array.nbytes).copy_to(staged, stream=self._stream)
         self._stream.sync()
         _bytes(array)[:] = host[: array.nbytes]
 
     def copy(self, source: int, target: int, size: int) -> None:
+        self.enter()
         self._part(source, size).copy_to(self._part(target, size), stream=self._stream)
 
     def capture(self, work: Work) -> Work:
+        self.enter()
         builder = self._stream.create_graph_builder().begin_building("relaxed")
         work()
         graph = builder.end_building().complete()

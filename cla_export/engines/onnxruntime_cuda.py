@@ -29,13 +29,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cla_export.bundle import CUDA_GRAPH, CUDA_PLUGIN_GRAPH, Bundle
-from cla_export.engines.cuda_memory import CudaMemory, Memory
+from cla_export.engines.cuda_memory import CudaMemory
 from cla_export.engines.cuda_operators import CudaOperators, own_nodes
+from cla_export.engines.device_chooser import DeviceChooser
 from cla_export.engines.device_pools import DevicePools, Inputs
-from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor, capacity_of
+from cla_export.engines.executor import (
+    Array,
+    Cache,
+    Logits,
+    PooledExecutor,
+    TokenChooser,
+    capacity_of,
+)
 from cla_export.errors import BadInput, BundleError, MissingEnvironment, RunError
 from cla_export.plugin import compile_cpu
 from cla_export.rewrite.keep_last_logits import KEEP
+from cla_export.sampling import Choice
 
 TOKENS = "tokens"  # output: the greedy choice of each row of logits
 PROVIDER = "CUDAExecutionProvider"
@@ -70,6 +79,8 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
     """
 
     backend = "onnxruntime"
+    reads_rows_at_once = False
+    chunk = 512  # fewer take as long: a call of so many is bound by what the host does for it
 
     def __init__(
         self,
@@ -87,7 +98,8 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         self._graphs = graphs
         self._dtype, self._kind = _TYPES[bundle.dtype]
         self._device = device
-        self._memory: Memory = CudaMemory(device)
+        self._memory = CudaMemory(device)
+        major, minor = self._memory.compute_capability.split(".")
         self._operators = None
         if library is not None:
             nodes = own_nodes(self.graph)
@@ -102,6 +114,9 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         self._inputs_at = self._memory.allocate(self._inputs.size)
         self._keep = np.ones((), np.int64)  # on the host: shapes are computed from it
         self._logits_at = self._memory.allocate(slots * self._row_bytes)
+        self._chooser = DeviceChooser(
+            self._memory, bundle.dtype, self.vocab_size, slots, (int(major), int(minor))
+        )
         self._steps: dict[tuple[int, int], tuple[Any, Any]] = {}  # first, rows -> a bound step
 
     @property
@@ -153,6 +168,34 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
             memory.free(table)
             memory.free(made)
         return chosen.T
+
+    @property
+    def chooser(self) -> TokenChooser:
+        return self
+
+    def begin_decode(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        choices: Sequence[Choice],
+    ) -> None:
+        """As `TokenChooser.begin_decode`. Errors as for `decode`."""
+        first, rows = self._check_decode(slots, tokens, lengths), len(slots)
+        self._chooser.prepare(choices)
+        self._feed(np.array(tokens, np.int64)[:, None], np.array(lengths, np.int64), 1)
+        self._step_at(first, rows)
+        self._chooser.choose(self._logits_at, rows)
+
+    def end_decode(self) -> list[int | None]:
+        """As `TokenChooser.end_decode`."""
+        return self._chooser.tokens()
+
+    def logits_of(self, row: int) -> Logits:
+        """As `TokenChooser.logits_of`."""
+        logits = np.empty(self.vocab_size, self._dtype)
+        self._memory.download(self._logits_at + row * self._row_bytes, logits)
+        return logits.astype(np.float32)
 
     def _run(
         self,

@@ -7,9 +7,9 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from cla_export.engines.executor import Executor, Logits
+from cla_export.engines.executor import Executor, Logits, TokenChooser
 from cla_export.sampling import choose
 from cla_export.serve.prefill_budget import PrefillBudget
 from cla_export.serve.requests import (
@@ -26,8 +26,8 @@ from cla_export.serve.sequence import Sequence
 from cla_export.serve.slots import Slots
 
 Outputs = list[tuple[int, Output]]  # by the sequence's number
+Found = TypeVar("Found")
 
-CHUNK = 64  # prompt tokens of one call, between two steps of the others
 _FATAL = 3  # failed steps after which the executor is given up, if none of their phase succeeds
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ class Scheduler:
     Args:
         executor: owned from now on; what it holds is overwritten.
         clock: seconds; deadlines are by it.
-        chunk: prompt tokens of one call. A slower executor wants fewer: the others wait for it.
+        chunk: prompt tokens of one call, between two steps of the others, who wait for it; None:
+            what is right for the executor.
         prefill_seconds: that prompts may take of each round in which others decode, on average;
             None: one call a round.
         observer: who is told.
@@ -81,12 +82,12 @@ class Scheduler:
         executor: Executor,
         clock: Callable[[], float],
         *,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         prefill_seconds: float | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.executor = executor
-        self.chunk = chunk
+        self.chunk = chunk = executor.chunk if chunk is None else chunk
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []  # one, or several that one call reads
         self.active: list[Sequence] = []  # active[i] is in slot i
@@ -98,6 +99,8 @@ class Scheduler:
         self._observer = observer
         self._failures: Counter[str] = Counter()  # by phase, since a step of it last succeeded
         self._outputs: Outputs = []
+        self._begun: list[Sequence] = []  # the rows of a step that was begun and has not ended
+        self._begun_at = 0.0
 
     @property
     def load(self) -> Load:
@@ -256,6 +259,9 @@ class Scheduler:
 
     def _decode(self) -> None:
         """One token for every active sequence."""
+        if self.executor.chooser is not None:
+            self._decode_ahead(self.executor.chooser)
+            return
         rows = list(self.active)
         if not rows:
             return
@@ -271,35 +277,97 @@ class Scheduler:
                 sequence.length += 1
             self._sample(rows, logits)
 
-    def _step(
-        self, phase: str, rows: list[Sequence], tokens: int, run: Callable[[], Logits]
-    ) -> Logits | None:
-        """Run a step; None, and its rows have failed, if the executor raises."""
-        began = self._clock()
+    def _decode_ahead(self, chooser: TokenChooser) -> None:
+        """The tokens of the step that was begun in the last round; before they are told, the next.
+
+        So the executor works while tokens become text. A sequence that turns out to have ended is
+        part of that next step too: what this makes of it is dropped, and its slot, which has room
+        for one token more, is not used again before the step is over.
+        """
+        begun, self._begun = self._begun, []
+        rows = set(self.active).intersection(begun)  # others were cancelled, or have ended
+        landed: dict[Sequence, int | None] = {}
+        logits: dict[Sequence, Logits] = {}
+        found = None
+        if rows:
+            end = chooser.end_decode
+            found = self._step("decode", list(rows), len(rows), end, self._begun_at)
+        for row, (sequence, token) in enumerate(zip(begun, found or (), strict=False)):
+            if sequence not in rows:
+                continue
+            landed[sequence] = token
+            sequence.length += 1
+            if token is not None:
+                sequence.sampler.take(token)
+            if sequence.wants_logits:
+                logits[sequence] = chooser.logits_of(row)
+        failed = self._begin(chooser, landed)
+        self._take(list(landed), list(landed.values()), logits.get)
+        if failed is not None:
+            self._fail_step("decode", list(self.active), failed)
+
+    def _begin(self, chooser: TokenChooser, landed: dict[Sequence, int | None]) -> Exception | None:
+        """Begin a step of all active sequences, with tokens that they do not have yet."""
+        rows = list(self.active)
+        if not rows:
+            return None
+        last = [landed.get(s, s.tokens[-1]) or 0 for s in rows]  # 0: it fails presently
+        lengths = [s.length for s in rows]
+        self._begun_at = self._clock()
         try:
-            logits = run()
+            choices = [s.sampler.next_choice() for s in rows]
+            chooser.begin_decode(range(len(rows)), last, lengths, choices)
+        except Exception as error:  # as in `_step`
+            return error
+        self._begun = rows
+        return None
+
+    def _step(
+        self,
+        phase: str,
+        rows: list[Sequence],
+        tokens: int,
+        run: Callable[[], Found],
+        began: float | None = None,
+    ) -> Found | None:
+        """Run a step, or its end; None, and its rows have failed, if the executor raises."""
+        began = self._clock() if began is None else began
+        try:
+            found = run()
         except Exception as error:  # whatever a runtime raises, the others go on
-            _log.exception("a %s step of %d rows failed", phase, len(rows))
-            failure = Failure(STEP_FAILED, f"the {phase} step failed: {error}")
-            for sequence in reversed(rows):
-                self._fail(sequence, failure)
-            self._count_failure(phase, error)
+            self._fail_step(phase, rows, error)
             return None
         del self._failures[phase]
         if self._observer:
             self._observer.stepped(phase, self._clock() - began, len(rows), tokens)
-        return logits
+        return found
+
+    def _fail_step(self, phase: str, rows: list[Sequence], error: Exception) -> None:
+        _log.error("a %s step of %d rows failed", phase, len(rows), exc_info=error)
+        failure = Failure(STEP_FAILED, f"the {phase} step failed: {error}")
+        for sequence in reversed(rows):
+            self._fail(sequence, failure)
+        self._count_failure(phase, error)
 
     def _sample(self, rows: list[Sequence], logits: Logits) -> None:
-        """Choose a token for each row of logits [B, V], tell it, let go of who is done."""
+        """Choose a token for each row of logits [B, V], and take it."""
+        each = dict(zip(rows, logits, strict=True))
+        self._take(rows, choose(logits, [s.sampler for s in rows]), each.get)
+
+    def _take(
+        self,
+        rows: list[Sequence],
+        tokens: list[int | None],
+        logits: Callable[[Sequence], Logits | None],
+    ) -> None:
+        """Note and tell the tokens that were chosen by `logits`; let go of who is done."""
         now = self._clock()
-        tokens = choose(logits, [sequence.sampler for sequence in rows])
         bad = []
-        for sequence, token, row in zip(rows, tokens, logits, strict=True):
+        for sequence, token in zip(rows, tokens, strict=True):
             if token is None:
                 bad.append(sequence)
                 continue
-            sequence.add(token, row)
+            sequence.add(token, logits(sequence))
             self.generated += 1
             sequence.first_token = sequence.first_token or now
             sequence.last_token = now
@@ -338,7 +406,9 @@ class Scheduler:
             hole, last = sequence.slot, self.active.pop()
             if last is not sequence:
                 self.active[hole], last.slot = last, hole
-                self._slots.move(len(self.active), hole, last.length, self._free())
+                # a step that was begun is writing one token more
+                length = last.length + (last in self._begun)
+                self._slots.move(len(self.active), hole, length, self._free())
 
     def _free(self) -> list[int]:
         busy = {sequence.slot for sequence in self.prefilling}
@@ -353,7 +423,7 @@ class Scheduler:
     def fail_all(self, failure: Failure, *, waiting: bool = True) -> Outputs:
         """End every sequence, with or without those that wait; what slots hold is given up."""
         running = [*self.active, *self.prefilling]
-        self.active, self.prefilling = [], []
+        self.active, self.prefilling, self._begun = [], [], []
         if waiting:
             running += self.waiting
             self.waiting.clear()
