@@ -182,6 +182,7 @@ def _server(door: Door, options: Options) -> "uvicorn.Server":
 
     config = uvicorn.Config(
         door,
+        http=_http_protocol(),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -193,3 +194,12 @@ def _server(door: Door, options: Options) -> "uvicorn.Server":
         ssl_keyfile=options.private_key,
     )
     return Server(config)
+
+
+def _http_protocol() -> "type[asyncio.Protocol] | str":
+    """What speaks HTTP: httptools, or h11, which uvicorn brings, where that is not installed."""
+    try:
+        from cla_export.serve.http_protocol import HttpProtocol
+    except ImportError:
+        return "h11"
+    return HttpProtocol
