@@ -280,7 +280,7 @@ class Scheduler:
             self._sample(rows, logits)
 
     def _decode_ahead(self, ahead: Ahead) -> None:
-        """The tokens of the step that was begun in the last round; before they are told, the next."""
+        """The tokens of the step begun in the last round; before they are told, the next begins."""
         landed: dict[Sequence, Landed] = {}
         rows = frozenset(self.active).intersection(ahead.rows)  # others have left since
         if rows:
