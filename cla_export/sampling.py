@@ -116,7 +116,8 @@ class Sampler:
         for token, value in params.logit_bias:
             bias[token] += value
         self._bias = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
-        self._seen = None if params.as_they_are else _Seen(prompt)
+        counted = prompt if params.repetition_penalty != 1 else ()
+        self._seen = None if params.as_they_are else _Seen(counted)
         self._barred = np.array(barred, np.int64)
         self._barred_for = barred_for
         self._count = 0

@@ -195,7 +195,14 @@ def serve_http(
     server = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
-        url = next(line.split()[-1] for line in server.stderr if line.startswith("serving "))
+        said = []
+        for line in server.stderr:
+            said.append(line)
+            if line.startswith("serving "):
+                break
+        else:
+            raise SystemExit(f"{' '.join(map(str, command))} does not start:\n{''.join(said)}")
+        url = said[-1].split()[-1]
         bodies = [
             {
                 "prompt": list(request.prompt),

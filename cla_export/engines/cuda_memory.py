@@ -52,6 +52,7 @@ class CudaMemory:
     def __init__(self, device: int = 0) -> None:
         try:
             self._core = importlib.import_module("cuda.core")
+            self._driver = importlib.import_module("cuda.bindings.driver")
             self._device = self._core.Device(device)
             self._device.set_current()
         except ImportError as error:
@@ -64,6 +65,7 @@ class CudaMemory:
         capability = self._device.compute_capability
         self.compute_capability = f"{capability.major}.{capability.minor}"
         self.name = str(self._device.name)
+        self.multiprocessors = int(self._device.properties.multiprocessor_count)
         self._stream = self._device.create_stream()
         self.stream = int(self._stream.handle)
         self._pinned = self._core.LegacyPinnedMemoryResource()
@@ -121,6 +123,39 @@ class CudaMemory:
         work()
         graph = builder.end_building().complete()
         return lambda: graph.launch(self._stream)
+
+    def read_free(self) -> tuple[int, int]:
+        """Bytes of the GPU's memory that no process holds, and of all of it.
+
+        What was freed here is held for later allocations until `trim`.
+        """
+        self.enter()
+        status, free, total = self._driver.cuMemGetInfo()
+        self._check(status, "cuMemGetInfo")
+        return int(free), int(total)
+
+    def trim(self) -> None:
+        """Give back to the GPU what was freed here and is held for later allocations."""
+        self.enter()
+        self._device.sync()
+        pool = getattr(self._device.memory_resource, "handle", None)  # there are others than pools
+        if pool is not None:
+            (status,) = self._driver.cuMemPoolTrimTo(pool, 0)
+            self._check(status, "cuMemPoolTrimTo")
+
+    def read_driver(self) -> str:
+        """The driver's version, such as 580.65.06; where it is not told, CUDA's that it brings."""
+        try:
+            *first, last = self._core.system.get_kernel_mode_driver_version()
+        except Exception:  # cuda-core's own, without NVML
+            status, version = self._driver.cuDriverGetVersion()
+            self._check(status, "cuDriverGetVersion")
+            return f"CUDA {version // 1000}.{version % 1000 // 10}"
+        return ".".join([*map(str, first), f"{last:02}"])
+
+    def _check(self, status: Any, what: str) -> None:  # noqa: ANN401
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise RunError(f"{what} failed on {self.name}: {status}")
 
     def _stage(self, size: int) -> tuple[Any, NDArray[np.uint8]]:
         """That much pinned host memory, as a buffer and as the array it lies in."""

@@ -6,10 +6,11 @@ once for each captured decode step, and for every node of a prompt.
 
 import ctypes
 import importlib
+import weakref
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from cla_export.lower.cuda_operators import DOMAINS
 from cla_export.plugin.compile import compile_operators
 from cla_export.plugin.contract import Problem
 from cla_export.plugin.launch import Launcher, Pointers, ProductPointers
-from cla_export.plugin.product import plan_product
+from cla_export.plugin.product import ProductPlan, plan_product
 
 _LINEAR, _ROTATE, _ROTATE_APPEND, _ATTENTION = range(4)
 _THREADS = 256
@@ -52,7 +53,7 @@ class _Call(ctypes.Structure):
 
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Call))
-_by_stream: "WeakValueDictionary[int, CudaOperators]" = WeakValueDictionary()
+_by_stream: "weakref.WeakValueDictionary[int, CudaOperators]" = weakref.WeakValueDictionary()
 
 
 @_CALLBACK  # type: ignore[untyped-decorator]
@@ -75,6 +76,11 @@ def own_nodes(graph: Path) -> dict[int, dict[str, Any]]:
         for node in ir.load(graph).graph
         if node.domain in DOMAINS.values()
     }
+
+
+def attends(nodes: dict[int, dict[str, Any]]) -> bool:
+    """Whether attention is among a graph's own nodes: all layers' is, or none's."""
+    return any("window" in attributes for attributes in nodes.values())
 
 
 class CudaOperators:
@@ -104,6 +110,7 @@ class CudaOperators:
         self._kernels: dict[str, Any] = {}
         self._rooms: dict[str, tuple[int, int]] = {}
         self._problems: dict[Problem, Any] = {}
+        self._plans: dict[tuple[int, int, int, bool], ProductPlan | None] = {}
         self._product = _Products(memory, dtype)
         ctypes.CDLL(str(library)).cla_set_callback(_dispatch)
         _by_stream[memory.stream] = self
@@ -126,19 +133,22 @@ class CudaOperators:
 
     def _linear(self, call: _Call, node: dict[str, Any]) -> None:
         x, w, norm, residual = (call.inputs[i] for i in range(4))
-        y, gated = call.outputs[0], bool(node["gated"])
+        y, gated = call.outputs[0].data, bool(node["gated"])
         rows, k = w.shape
-        tokens, n = int(np.prod(x.shape[:-1])), rows // (2 if gated else 1)
+        tokens, n = prod(x.shape[:-1]), rows // (2 if gated else 1)
         if tokens == 0:
             return
         source = x.data
         if norm.data:
             source = self._normed(x.data, norm.data, tokens, k, node["epsilon"])
-        plan = plan_product(tokens, n, k, self._launcher.gpu, gated=gated)
+        shape = tokens, n, k, gated
+        if shape not in self._plans:
+            self._plans[shape] = plan_product(tokens, n, k, self._launcher.gpu, gated=gated)
+        plan = self._plans[shape]
         if plan is None:
-            self._multiply(source, w.data, residual.data, y.data, tokens, rows, k, gated=gated)
+            self._multiply(source, w.data, residual.data, y, tokens, rows, k, gated=gated)
             return
-        pointers = ProductPointers(w.data, source, y.data, residual.data or 0)
+        pointers = ProductPointers(w.data, source, y, residual.data or 0)
         self._launcher.launch_product(
             plan, self._dtype, pointers, (tokens, n, k), self._memory.stream, gated=gated
         )
@@ -177,7 +187,7 @@ class CudaOperators:
             for i in (0, 1):
                 old, new = call.inputs[4 + i].data, call.outputs[1 + i].data
                 if old != new:
-                    self._memory.copy(old, new, int(np.prod(past.shape)) * 2)
+                    self._memory.copy(old, new, prod(past.shape) * 2)
             keys, values = call.outputs[1].data, call.outputs[2].data
         numbers = (
             width // (2 * half),
@@ -215,7 +225,7 @@ class CudaOperators:
         plan = self._problems[problem]
         workspace = self._room("partial", plan.workspace_bytes) if plan.workspace_bytes else 0
         asked, made = q.data, y.data
-        size = int(np.prod(q.shape)) * 2
+        size = prod(q.shape) * 2
         if queries > 1:
             asked, made = self._room("asked", size), self._room("made", size)
             self._swap(q.data, asked, batch, queries, problem.query_heads, dim)
@@ -228,13 +238,11 @@ class CudaOperators:
         self._queue("swap", batch * a * b, 64, source, target, *map(np.int32, (a, b, dim)))
 
     def _queue(self, name: str, blocks: int, threads: int, *arguments: Any) -> None:  # noqa: ANN401
-        gpu = self._launcher.gpu
         if name not in self._kernels:
-            module = compile_operators(self._dtype == "bfloat16", gpu.compute_capability)
+            capability = self._launcher.gpu.compute_capability
+            module = compile_operators(self._dtype == "bfloat16", capability)
             self._kernels[name] = module.get_kernel(name)
-        config = self._core.LaunchConfig(
-            grid=blocks, block=threads, programmatic_stream_serialization=gpu.has_clusters
-        )
+        config = self._launcher.config(blocks, threads, overlap=True)
         self._core.launch(self._stream, config, self._kernels[name], *arguments)
 
     def _room(self, name: str, size: int) -> int:
@@ -259,6 +267,7 @@ class _Products:
             ) from error
         self._handle = ctypes.c_void_p()
         self._check(self._cublas.cublasCreate_v2(ctypes.byref(self._handle)), "cublasCreate")
+        weakref.finalize(self, self._cublas.cublasDestroy_v2, self._handle)
         stream = ctypes.c_void_p(memory.stream)
         self._check(self._cublas.cublasSetStream_v2(self._handle, stream), "cublasSetStream")
         room = ctypes.c_void_p(memory.allocate(_CUBLAS_BYTES))

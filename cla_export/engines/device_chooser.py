@@ -87,7 +87,7 @@ class DeviceChooser:
         if any(changed) or not self._plain:
             changes = pack_changes(picks, changed)
             self._plain = not any(changed)
-        if not self._scratch and (len(changes) or picks["temperature"].any()):
+        if not self._scratch and len(changes):
             size = self._rows * -(-self._vocab // _BLOCK) * _BLOCK * 4
             self._scratch = self._memory.allocate(size)
         if changes.nbytes > self._room:

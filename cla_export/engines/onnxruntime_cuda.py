@@ -1,9 +1,10 @@
 """The ONNX Runtime executor on an NVIDIA GPU: pools on the device, decode as CUDA graphs.
 
-A prompt runs row by row, in chunks, since GroupQueryAttention takes several rows only for decode. A
-decode step over the first rows is captured on its first use, one graph for each number of rows: it
-holds the addresses of pools, inputs and logits, so what changes between steps is only what these
-hold. Greedy tokens are picked on the device and handed from step to step there.
+A prompt runs in chunks, and several short ones in one call; but row by row where attention is
+GroupQueryAttention, which takes several rows only for decode. A decode step over the first rows is
+captured on its first use, one graph for each number of rows: it holds the addresses of pools,
+inputs and logits, so what changes between steps is only what these hold. Tokens are chosen on the
+device, greedy ones are handed from step to step there.
 
 Rules of ONNX Runtime's CUDA provider that this file keeps:
 
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 from cla_export.bundle import CUDA_GRAPH, CUDA_PLUGIN_GRAPH, Bundle
 from cla_export.engines.cuda_memory import CudaMemory
-from cla_export.engines.cuda_operators import CudaOperators, own_nodes
+from cla_export.engines.cuda_operators import CudaOperators, attends, own_nodes
 from cla_export.engines.device_chooser import DeviceChooser
 from cla_export.engines.device_pools import DevicePools, Inputs
 from cla_export.engines.executor import (
@@ -49,6 +50,7 @@ from cla_export.sampling import Choice
 TOKENS = "tokens"  # output: the greedy choice of each row of logits
 PROVIDER = "CUDAExecutionProvider"
 _CHUNK = 2048  # prompt tokens of one call
+_MOST_LOGITS = 128 << 20  # bytes, of prompts that are read together
 _INT64 = 7  # ONNX's numbers of element types
 _TYPES: dict[str, tuple[Any, int]] = {
     "float16": (np.float16, 10),
@@ -103,6 +105,7 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         self._operators = None
         if library is not None:
             nodes = own_nodes(self.graph)
+            self.reads_rows_at_once = attends(nodes)
             self._operators = CudaOperators(library, self._memory, nodes, bundle.dtype, device)
         self._ort, self._session = _open(self.graph, device, self._memory.stream, graphs, library)
         caches = [f"{group.index}.{p}" for group in self.layout.groups for p in ("key", "value")]
@@ -212,13 +215,55 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
             logits = np.empty((rows, 1, self.vocab_size), self._dtype)
             self._memory.download(self._logits_at, logits)
             return logits.astype(np.float32)
-        each = zip(input_ids, starts.tolist(), counts.tolist(), strict=True)
-        return np.stack(
+        if rows == 1:
+            return self._prefill_row(first, input_ids[0], int(starts[0]), keep)[None]
+        longest, kept = int(counts.max()), int(counts.max() - counts.min()) + keep
+        together = rows * longest <= _CHUNK and rows * kept * self._row_bytes <= _MOST_LOGITS
+        if together and self.reads_rows_at_once:
+            ids = input_ids[:, :longest]
+            return self._prefill_together(first, ids, starts, counts, keep, kept)
+        half = rows // 2
+        parts = (slice(0, half), slice(half, rows))
+        return np.concatenate(
             [
-                self._prefill_row(slot, ids[:count], start, min(keep, count))
-                for slot, (ids, start, count) in enumerate(each, first)
+                self._run(
+                    first + part.start,
+                    input_ids[part, : counts[part].max()],
+                    starts[part],
+                    counts[part],
+                    keep,
+                )
+                for part in parts
             ]
         )
+
+    def _prefill_together(
+        self,
+        first: int,
+        input_ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        keep: int,
+        kept: int,
+    ) -> Logits:
+        """Prompts side by side, padded on the right; logits [B, keep, V].
+
+        Their last `kept` places have logits, which are those of each row's last tokens and more.
+        What is behind a row's tokens in its slot is overwritten before anything reads it.
+        """
+        rows, longest = input_ids.shape
+        self._feed(input_ids, starts, kept)
+        logits_at = self._memory.allocate(rows * kept * self._row_bytes)
+        try:
+            binding = self._bind(first, rows, longest, kept, logits_at)
+            self._queue(binding, self._options(_UNCAPTURED))
+            logits = np.empty((rows, keep, self.vocab_size), self._dtype)
+            for row, count in enumerate(counts.tolist()):
+                place = row * kept + kept - keep - (longest - count)
+                self._memory.download(logits_at + place * self._row_bytes, logits[row])
+        finally:
+            self._memory.free(logits_at)
+        return logits.astype(np.float32)
 
     def _prefill_row(
         self, slot: int, tokens: NDArray[np.int64], start: int, keep: int

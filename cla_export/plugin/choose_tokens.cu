@@ -7,9 +7,11 @@
 typedef unsigned long long u64;
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32;
-constexpr int BLOCK = 256;                 // tokens that race together
+constexpr int EIGHT = 8;                   // tokens that a thread reads at a time
+constexpr int BLOCK = 32 * EIGHT;          // tokens that race together: those of a warp
 constexpr int MOST_BLOCKS = 4096;          // of a vocabulary
 constexpr int MOST_CANDIDATES = 4096;      // to be the k-th largest
+constexpr float LOG2_E = 1.44269504f;
 #define INFINITE __int_as_float(0x7f800000)
 
 struct Pick {
@@ -69,14 +71,65 @@ DEVICE u32 rank_of(float x) {
 
 DEVICE float of_rank(u32 rank) { return __uint_as_float(rank >> 31 ? rank ^ 0x80000000u : ~rank); }
 
+// A row's logits: as they are, or in float32 where some were changed.
+struct Row {
+    const u16* logits;
+    const float* changed;                  // null: none was
+    int vocab;
+
+    DEVICE float one(int i) const { return changed ? changed[i] : widen(logits[i]); }
+
+    // Eight of them, from a place that is a multiple of eight; behind the last is no token.
+    DEVICE void read(int at, float (&x)[EIGHT]) const {
+        if (changed) {
+            const float4 a = ((const float4*)changed)[at / 4], b = ((const float4*)changed)[at / 4 + 1];
+            x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+        } else if (vocab % EIGHT == 0 && at < vocab) {
+            const uint4 eight = ((const uint4*)logits)[at / EIGHT];
+            const u32 parts[4] = {eight.x, eight.y, eight.z, eight.w};
+            UNROLL for (int j = 0; j < 4; j++) {
+                const float2 two = widen(parts[j]);
+                x[2 * j] = two.x, x[2 * j + 1] = two.y;
+            }
+        } else {
+            UNROLL for (int j = 0; j < EIGHT; j++) x[j] = at + j < vocab ? widen(logits[at + j]) : -INFINITE;
+        }
+    }
+
+    // Every warp goes through blocks of its own: visit(place, eight numbers), then after(block).
+    template <typename Visit, typename After>
+    DEVICE void each(Visit visit, After after) const {
+        const int blocks = (vocab + BLOCK - 1) / BLOCK;
+        _Pragma("unroll 4") for (int b = threadIdx.x / 32; b < blocks; b += WARPS) {
+            const int at = b * BLOCK + threadIdx.x % 32 * EIGHT;
+            float x[EIGHT];
+            read(at, x);
+            visit(at, x);
+            after(b);
+        }
+    }
+
+    template <typename Visit>
+    DEVICE void each(Visit visit) const { each(visit, [](int) {}); }
+};
+
+DEVICE Best best_of_row(const Row& row) {
+    Best best = {-INFINITE, row.vocab};
+    row.each([&](int at, float (&x)[EIGHT]) {
+        UNROLL for (int j = 0; j < EIGHT; j++) best = better(best, {x[j], at + j});
+    });
+    return best_of_block(best);
+}
+
 // The k-th largest of n numbers, bit by bit. All threads call it, and get it.
-DEVICE float kth_of(const float* numbers, int n, int k) {
+template <typename Number>
+DEVICE float kth_of(int n, int k, Number number) {
     u32 found = 0;
     for (u32 bit = 1u << 31; bit; bit >>= 1) {
         int reach = 0;
         for (int i = 0; i < n; i += THREADS) {
             const int at = i + threadIdx.x;
-            reach += __syncthreads_count(at < n && rank_of(numbers[at]) >= (found | bit));
+            reach += __syncthreads_count(at < n && rank_of(number(at)) >= (found | bit));
         }
         if (reach >= k) found |= bit;
     }
@@ -85,26 +138,25 @@ DEVICE float kth_of(const float* numbers, int n, int k) {
 
 // The k-th largest of a row: only numbers can be it that reach the k-th largest of every thread's own maximum, and
 // these are few unless many are equal.
-DEVICE float kth_largest(const float* row, int vocab, int k) {
+DEVICE float kth_largest(const Row& row, int k) {
     __shared__ float candidates[MOST_CANDIDATES];
     __shared__ int count;
-    if (k > THREADS) return kth_of(row, vocab, k);
+    auto any = [&](int i) { return row.one(i); };
+    if (k > THREADS) return kth_of(row.vocab, k, any);
     float top = -INFINITE;
-    for (int i = threadIdx.x; i < vocab; i += THREADS) top = fmaxf(top, row[i]);
+    row.each([&](int, float (&x)[EIGHT]) { UNROLL for (int j = 0; j < EIGHT; j++) top = fmaxf(top, x[j]); });
     if (threadIdx.x == 0) count = 0;
-    candidates[threadIdx.x] = top;
+    const float limit = kth_of(THREADS, k, [&](int) { return top; });
+    row.each([&](int at, float (&x)[EIGHT]) {
+        UNROLL for (int j = 0; j < EIGHT; j++) {
+            if (x[j] < limit || at + j >= row.vocab) continue;
+            const int place = atomicAdd(&count, 1);
+            if (place < MOST_CANDIDATES) candidates[place] = x[j];
+        }
+    });
     __syncthreads();
-    const float limit = kth_of(candidates, THREADS, k);
-    __syncthreads();
-    for (int i = threadIdx.x; i < vocab; i += THREADS) {
-        const float x = row[i];
-        if (x < limit) continue;
-        const int place = atomicAdd(&count, 1);
-        if (place < MOST_CANDIDATES) candidates[place] = x;
-    }
-    __syncthreads();
-    const int found = count;
-    return found <= MOST_CANDIDATES ? kth_of(candidates, found, k) : kth_of(row, vocab, k);
+    if (count > MOST_CANDIDATES) return kth_of(row.vocab, k, any);
+    return kth_of(count, k, [&](int i) { return candidates[i]; });
 }
 
 // The i-th time of a round: exponential, of rate 1. The mixer is SplitMix64's.
@@ -117,123 +169,102 @@ DEVICE float time_of(u64 key, u64 round, int i) {
     return fmaxf(-logf(uniform), 0x1p-25f);
 }
 
-// Logits of a row as float32, into `row` if they are needed again; the likeliest, or that some are not numbers.
-DEVICE bool read_row(const u16* logits, float* row, int vocab, bool keep, Best& best) {
-    bool bad = false;
-    auto take = [&](float x, int i) {
-        bad |= !(x < INFINITE);  // infinity, or no number
-        best = better(best, {x, i});
-    };
-    const int chunks = vocab % 8 ? 0 : vocab / 8;  // of 16 bytes
-    for (int c = threadIdx.x; c < chunks; c += THREADS) {
-        const uint4 eight = ((const uint4*)logits)[c];
-        const u32 parts[4] = {eight.x, eight.y, eight.z, eight.w};
-        float x[8];
-        UNROLL for (int j = 0; j < 4; j++) {
-            const float2 two = widen(parts[j]);
-            x[2 * j] = two.x, x[2 * j + 1] = two.y;
-        }
-        UNROLL for (int j = 0; j < 8; j++) take(x[j], c * 8 + j);
-        if (keep) {
-            ((float4*)row)[2 * c] = make_float4(x[0], x[1], x[2], x[3]);
-            ((float4*)row)[2 * c + 1] = make_float4(x[4], x[5], x[6], x[7]);
-        }
-    }
-    for (int i = chunks * 8 + threadIdx.x; i < vocab; i += THREADS) {
-        const float x = widen(logits[i]);
-        take(x, i);
-        if (keep) row[i] = x;
-    }
-    best = best_of_block(best);
-    return __syncthreads_or(bad) || best.value == -INFINITE;
-}
-
-// Bias, penalties, and tokens that may not be chosen; the likeliest after them.
-DEVICE Best change(float* row, int vocab, const Pick& pick, const Change* changes) {
-    for (int i = pick.biased + threadIdx.x; i < pick.seen; i += THREADS) row[changes[i].token] += changes[i].value;
+// Put a row's logits into `changed`, with bias, penalties, and tokens that may not be chosen.
+DEVICE void change(const Row& row, float* changed, const Pick& pick, const Change* changes) {
+    row.each([&](int at, float (&x)[EIGHT]) {
+        ((float4*)changed)[at / 4] = make_float4(x[0], x[1], x[2], x[3]);
+        ((float4*)changed)[at / 4 + 1] = make_float4(x[4], x[5], x[6], x[7]);
+    });
+    __syncthreads();
+    for (int i = pick.biased + threadIdx.x; i < pick.seen; i += THREADS) changed[changes[i].token] += changes[i].value;
     __syncthreads();
     for (int i = pick.seen + threadIdx.x; i < pick.barred; i += THREADS) {
         const float times = changes[i].value;
-        float x = row[changes[i].token];
+        float x = changed[changes[i].token];
         x = __fmul_rn(x, x > 0 ? pick.inverse : pick.repetition);
         x = __fsub_rn(x, __fmul_rn(pick.frequency, times));
-        row[changes[i].token] = times > 0 ? __fsub_rn(x, pick.presence) : x;
+        changed[changes[i].token] = times > 0 ? __fsub_rn(x, pick.presence) : x;
     }
     __syncthreads();
-    for (int i = pick.barred + threadIdx.x; i < pick.end; i += THREADS) row[changes[i].token] = -INFINITE;
+    for (int i = pick.barred + threadIdx.x; i < pick.end; i += THREADS) changed[changes[i].token] = -INFINITE;
     __syncthreads();
-    Best best = {-INFINITE, vocab};
-    for (int i = threadIdx.x; i < vocab; i += THREADS) best = better(best, {row[i], i});
-    return best_of_block(best);
 }
 
-// Give every token of a row a new weight; sums of blocks into `sums`, and the sum of all.
-template <typename Weigh>
-DEVICE double reweigh(float* row, float* sums, int blocks, Weigh weigh) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    for (int b = warp; b < blocks; b += WARPS) {
-        float sum = 0;
-        UNROLL for (int j = 0; j < BLOCK / 32; j++) {
-            const int i = b * BLOCK + j * 32 + lane;
-            const float w = weigh(i);
-            row[i] = w;
-            sum += w;
-        }
-        UNROLL for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
-        if (lane == 0) sums[b] = sum;
+// What a token weighs in the race, of which the likeliest has 1: nothing below `lowest`, or in weights up to `cut`.
+struct Weight {
+    float largest, scale, lowest, cut;
+
+    DEVICE float operator()(float x) const {
+        float w;
+        asm("ex2.approx.f32 %0, %1;" : "=f"(w) : "f"((x - largest) * scale));
+        return x >= lowest && w > cut ? w : 0.0f;
     }
+};
+
+// Sums of the weights of each block, and the sum of all.
+DEVICE double sum_weights(const Row& row, const Weight& weight, float* sums) {
+    float sum = 0;
+    row.each(
+        [&](int, float (&x)[EIGHT]) { UNROLL for (int j = 0; j < EIGHT; j++) sum += weight(x[j]); },
+        [&](int b) {
+            UNROLL for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
+            if (threadIdx.x % 32 == 0) sums[b] = sum;
+            sum = 0;
+        });
     __syncthreads();
     double total = 0;
-    for (int b = threadIdx.x; b < blocks; b += THREADS) total += sums[b];
+    for (int b = threadIdx.x; b * BLOCK < row.vocab; b += THREADS) total += sums[b];
     return sum_of_block(total);
 }
 
-// A token by weights, of which the largest is 1: see draw.py.
-DEVICE int race(float* row, float* sums, int blocks, const Pick& pick, double total) {
-    double left = total;
+// A token by its weight: see draw.py.
+DEVICE int race(const Row& row, Weight weight, const Pick& pick) {
+    __shared__ float sums[MOST_BLOCKS];
+    const int blocks = (row.vocab + BLOCK - 1) / BLOCK;
+    const double total = sum_weights(row, weight, sums);
     for (u64 round = 0;; round++) {
         Best first = {-1, 0};
         for (int b = threadIdx.x; b < blocks; b += THREADS)
             first = better(first, {sums[b] / time_of(pick.key, round, b), b});
-        const int block = best_of_block(first).at;
-        first = {-1, 0};
-        if (threadIdx.x < BLOCK)
-            first = {row[block * BLOCK + threadIdx.x] / time_of(pick.key, round, blocks + threadIdx.x), (int)threadIdx.x};
-        const int token = block * BLOCK + best_of_block(first).at;
-        const float weight = row[token];
-        if (pick.top_p == 1 || weight == 1 || weight > (1 - pick.top_p) * total) return token;
-        __syncthreads();  // all have read it
-        left = reweigh(row, sums, blocks, [&](int i) { return row[i] > weight ? row[i] : 0.0f; });
-        if (left < pick.top_p * total) return token;
+        const int from = best_of_block(first).at * BLOCK, mine = from + threadIdx.x;
+        first = {-1, from};
+        if (threadIdx.x < BLOCK && mine < row.vocab)
+            first = {weight(row.one(mine)) / time_of(pick.key, round, blocks + threadIdx.x), mine};
+        const int token = best_of_block(first).at;
+        weight.cut = weight(row.one(token));
+        if (pick.top_p == 1 || weight.cut == 1 || weight.cut > (1 - pick.top_p) * total) return token;
+        __syncthreads();  // all have read the sums
+        if (sum_weights(row, weight, sums) < pick.top_p * total) return token;
     }
 }
 
-// tokens [rows]; -1: the row's logits are not numbers. scratch [rows, vocab, rounded up to whole blocks], 16-byte
-// aligned; null where every row takes the likeliest of its logits as they are.
+// tokens [rows]; -1: the row's logits are not numbers. scratch [rows, vocab rounded up to whole blocks], 16-byte
+// aligned; null where nothing is changed of any row.
 extern "C" __global__ void __launch_bounds__(THREADS)
 choose_tokens(const u16* logits, const Pick* picks, const Change* changes, float* scratch, i64* tokens, int vocab) {
-    __shared__ float sums[MOST_BLOCKS];
     const Pick pick = picks[blockIdx.x];
-    const int blocks = (vocab + BLOCK - 1) / BLOCK;
-    const bool changed = pick.biased < pick.end, drawn = pick.temperature > 0;
-    float* row = scratch + (i64)blockIdx.x * blocks * BLOCK;
+    Row row = {logits + (i64)blockIdx.x * vocab, nullptr, vocab};
+    bool bad = false;
     Best best = {-INFINITE, vocab};
-    const bool bad = read_row(logits + (i64)blockIdx.x * vocab, row, vocab, changed || drawn, best);
-    int token = best.at;
-    if (!bad && changed) {
-        best = change(row, vocab, pick, changes);
-        token = best.at < vocab ? best.at : 0;
+    row.each([&](int at, float (&x)[EIGHT]) {
+        UNROLL for (int j = 0; j < EIGHT; j++) {
+            bad |= !(x[j] < INFINITE);  // infinity, or no number
+            best = better(best, {x[j], at + j});
+        }
+    });
+    best = best_of_block(best);
+    bad = __syncthreads_or(bad) || best.value == -INFINITE;
+    if (!bad && pick.biased < pick.end) {
+        float* changed = scratch + (i64)blockIdx.x * ((vocab + BLOCK - 1) / BLOCK * BLOCK);
+        change(row, changed, pick, changes);
+        row.changed = changed;
+        best = best_of_row(row);
     }
-    if (!bad && drawn && best.value > -INFINITE) {
-        __syncthreads();
-        float lowest = pick.lowest;
-        if (pick.top_k > 0 && pick.top_k < vocab)
-            lowest = fmaxf(lowest, (kth_largest(row, vocab, pick.top_k) - best.value) / pick.temperature);
-        const double total = reweigh(row, sums, blocks, [&](int i) {
-            const float score = i < vocab ? (row[i] - best.value) / pick.temperature : -INFINITE;
-            return i < vocab && score >= lowest ? expf(score) : 0.0f;
-        });
-        token = race(row, sums, blocks, pick, total);
+    int token = min(best.at, vocab - 1);
+    if (!bad && pick.temperature > 0 && best.value > -INFINITE) {
+        float lowest = best.value + pick.lowest * pick.temperature;
+        if (pick.top_k > 0 && pick.top_k < vocab) lowest = fmaxf(lowest, kth_largest(row, pick.top_k));
+        token = race(row, {best.value, LOG2_E / pick.temperature, lowest, 0.0f}, pick);
     }
     if (threadIdx.x == 0) tokens[blockIdx.x] = bad ? -1 : token;
 }

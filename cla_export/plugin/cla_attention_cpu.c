@@ -49,7 +49,9 @@ enum { LANES = 4, PANEL_ROWS = 4, PANELS = 2 };
 #endif
 enum {
   BLOCK = 128,     /* keys that are scored, then weighted, at a time: they stay in L1 and L2 */
-  AHEAD = 4096,    /* numbers of keys, of values or of a weight, fetched before they are used */
+  AHEAD = 2048,    /* numbers of keys, of values or of a weight, fetched before they are used */
+  FAR_AHEAD = 8192,  /* of keys and values whose rows are lanes, */
+  FAR_IN_ROWS = 4096, /* and of a weight that is read some rows at a time */
   LINE = 16,       /* floats that are fetched at a time */
   KEYS = 8,        /* keys in flight in the loop of lanes */
   TILES = 4,       /* tiles of LANES rows that share a block of keys */
@@ -80,7 +82,8 @@ INLINE vec load_int8(const int8_t *p) { /* compilers spell a conversion of vecto
 #endif
 }
 #define LOAD(p) _Generic((p), const float *: load, const int8_t *: load_int8)(p)
-INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 1); }
+INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+INLINE void fetch_once(const void *p) { __builtin_prefetch(p, 0, 0); } /* caches need not keep it */
 INLINE vec splat(float x) { return (vec){0} + x; }
 INLINE vec pick(ints which, vec a, vec b) { return (vec)((which & (ints)a) | (~which & (ints)b)); }
 INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
@@ -119,7 +122,7 @@ static void score_lanes(const float *restrict k, const float *restrict queries,
     for (int j = 0; j < KEYS; j++) sum[j] = splat(0.0f);
     for (int d = 0; d < dim; d++) {
       vec q = load(queries + d * LANES);
-      if (d * KEYS % LINE == 0) fetch(row + AHEAD + d * KEYS);
+      if (d * KEYS % LINE == 0) fetch(row + FAR_AHEAD + d * KEYS);
       for (int j = 0; j < KEYS; j++) sum[j] += row[(size_t)j * dim + d] * q;
     }
     for (int j = 0; j < KEYS; j++) store(scores + (t + j) * LANES, sum[j]);
@@ -228,12 +231,13 @@ enum { MOST_ROWS = 3, MOST_COLUMNS = 4 };
     int column[MOST_COLUMNS];                                                                      \
     out += first * LANES;                                                                          \
     for (int c = 0; c < C; c++) column[c] = column_of(first + c, dim);                             \
+    int ahead = stride == LANES ? FAR_AHEAD : AHEAD;                                               \
     for (int r = 0; r < R; r++)                                                                    \
       for (int c = 0; c < C; c++) sum[r][c] = load(out + r * width + c * LANES);                   \
     for (int t = 0; t < keys; t++, v += dim, weights += stride) {                                  \
       for (int c = 0; c < C; c++) {                                                                \
         x[c] = LOAD(v + column[c]);                                                                \
-        fetch(v + column[c] + AHEAD);                                                              \
+        fetch(v + column[c] + ahead);                                                              \
       }                                                                                            \
       for (int r = 0; r < R; r++)                                                                  \
         for (int c = 0; c < C; c++) sum[r][c] += weights[r] * x[c];                                \
@@ -424,7 +428,7 @@ static void write_rows(const Call *c, int b, int h, int first, int rows, State s
 static void widen(const int8_t *restrict from, float *restrict to, size_t count) {
   size_t i = 0;
   for (; i + LANES <= count; i += LANES) {
-    fetch(from + i + AHEAD);
+    fetch(from + i + FAR_AHEAD);
     store(to + i, load_int8(from + i));
   }
   for (; i < count; i++) to[i] = from[i];
@@ -633,23 +637,24 @@ typedef struct {
 } Product;
 
 /* A few tokens, at most FEW: y[t][row + j] for LANES / S rows by S tokens, a vector along the
- * columns for each. Rows and tokens beyond those there are repeat the last. The rows behind these
- * are fetched meanwhile. */
+ * columns for each. Rows and tokens beyond those there are repeat the last. Each row is read to its
+ * end before the next: processors fetch one long stream ahead far better than many short ones. */
 INLINE void tile(const Product *p, int row, int rows, const int S) {
   const int R = LANES / S;
   const float *w[LANES], *x[FEW];
   for (int j = 0; j < R; j++) w[j] = p->w + (size_t)(row + (j < rows ? j : rows - 1)) * p->k;
   for (int t = 0; t < S; t++) x[t] = p->x + (size_t)(t < p->tokens ? t : p->tokens - 1) * p->k;
-  vec sum[LANES], queries[FEW];
-  for (int i = 0; i < LANES; i++) sum[i] = splat(0.0f);
-  int d = 0;
-  for (; d + LANES <= p->k; d += LANES) {
-    for (int t = 0; t < S; t++) queries[t] = load(x[t] + d);
-    for (int j = 0; j < R; j++) {
-      vec weights = load(w[j] + d);
-      fetch(p->w + (size_t)(row + R + j) * p->k + d);
-      for (int t = 0; t < S; t++) sum[j * S + t] += weights * queries[t];
+  vec sum[LANES];
+  int d = p->k / LANES * LANES;
+  for (int j = 0; j < R; j++) {
+    vec part[FEW];
+    for (int t = 0; t < S; t++) part[t] = splat(0.0f);
+    for (int c = 0; c < d; c += LANES) {
+      vec weights = load(w[j] + c);
+      fetch_once(w[j] + c + AHEAD);
+      for (int t = 0; t < S; t++) part[t] += weights * load(x[t] + c);
     }
+    for (int t = 0; t < S; t++) sum[j * S + t] = part[t];
   }
   float all[LANES] ALIGNED;
   store(all, sum_each(sum));
@@ -679,7 +684,7 @@ INLINE void cross(const Product *p, int row, int c, int from, int to, const int 
   for (int j = 0; j < R; j++)
     for (int i = 0; i < C; i++) sum[j][i] = splat(0.0f);
   for (int d = from; d < to; d++) {
-    if (d * R % LINE == 0) fetch(w + AHEAD + d * R);
+    if (d * R % LINE == 0) fetch(w + FAR_IN_ROWS + d * R);
     for (int i = 0; i < C; i++) y[i] = load(x + i * panel + (size_t)d * LANES);
     for (int j = 0; j < R; j++)
       for (int i = 0; i < C; i++) sum[j][i] += w[(size_t)j * p->k + d] * y[i];
@@ -709,7 +714,7 @@ INLINE void cross_pairs(const Product *p, int row, const int R) {
   for (int j = 0; j < R; j++) sum[j][0] = sum[j][1] = splat(0.0f);
   int d = 0;
   for (; d + 4 <= p->k; d += 4) {
-    if (d * R % LINE == 0) fetch(w + AHEAD + d * R);
+    if (d * R % LINE == 0) fetch_once(w + FAR_IN_ROWS + d * R);
     for (int i = 0; i < 2; i++) {
       vec y = load(x + (size_t)(d / 2 + i) * LANES);
       for (int j = 0; j < R; j++) sum[j][i] += pair(w + (size_t)j * p->k + d + 2 * i) * y;

@@ -64,6 +64,8 @@ class Launcher:
         self._cache = cache
         self._kernels: dict[Variant, tuple[Any, Any]] = {}
         self._products: dict[tuple[int, str], Any] = {}
+        self._configs: dict[tuple[Any, ...], Any] = {}
+        self._streams: dict[int, Any] = {}
         properties = self._device.properties
         capability = self._device.compute_capability
         self.gpu = Gpu(
@@ -102,18 +104,18 @@ class Launcher:
         only when every kernel before itself has ended, for the lengths are read at once.
         """
         attention, merge = self.prepare(plan.variant)
-        variant, on = plan.variant, self._core.Stream.from_handle(stream)
+        variant, on = plan.variant, self.stream(stream)
         shapes = [np.int32(n) for n in (
             problem.batch, problem.kv_heads, problem.group, problem.queries, problem.capacity,
             problem.window, plan.extra,
         )]  # fmt: skip
         sums = pointers.workspace + plan.items * TILE * variant.columns * 4
-        config = self._core.LaunchConfig(
-            grid=plan.grid,
-            cluster=(variant.cluster, 1, 1) if variant.cluster > 1 else None,
-            block=variant.warps * 32,
-            shmem_size=variant.shared_bytes,
-            programmatic_stream_serialization=overlap and self.gpu.has_clusters,
+        config = self.config(
+            plan.grid,
+            variant.warps * 32,
+            cluster=variant.cluster,
+            shared_bytes=variant.shared_bytes,
+            overlap=overlap,
         )
         self._core.launch(
             on, config, attention, pointers.q, pointers.key_cache, pointers.value_cache,
@@ -126,11 +128,8 @@ class Launcher:
                 TILE,
                 max(1, MERGE_BLOCKS // (problem.batch * plan.grid[0] * plan.grid[1])),
             )
-            config = self._core.LaunchConfig(
-                grid=(problem.batch, rows, plan.grid[0] * plan.grid[1]),
-                block=MERGE_WARPS * 32,
-                programmatic_stream_serialization=self.gpu.has_clusters,
-            )
+            grid = problem.batch, rows, plan.grid[0] * plan.grid[1]
+            config = self.config(grid, MERGE_WARPS * 32, overlap=True)
             self._core.launch(
                 on, config, merge, pointers.kv_lengths, pointers.y, pointers.workspace, sums,
                 *shapes,
@@ -162,17 +161,47 @@ class Launcher:
             )
             self._products[key] = module.get_kernel("product")
             self.allow_shared_memory(self._products[key], plan.shared_bytes)
-        config = self._core.LaunchConfig(
-            grid=(1, plan.clusters),  # of clusters
-            cluster=(plan.blocks, 1, 1) if plan.blocks > 1 else None,
-            block=plan.threads,
-            shmem_size=plan.shared_bytes,
-            programmatic_stream_serialization=True,
+        config = self.config(
+            (1, plan.clusters),  # of clusters
+            plan.threads,
+            cluster=plan.blocks,
+            shared_bytes=plan.shared_bytes,
+            overlap=True,
         )
         self._core.launch(
-            self._core.Stream.from_handle(stream), config, self._products[key], pointers.w,
+            self.stream(stream), config, self._products[key], pointers.w,
             pointers.x, pointers.residual, pointers.y, *map(np.int32, (*shape, gated)),
         )  # fmt: skip
+
+    def stream(self, handle: int) -> Any:  # noqa: ANN401
+        """A stream by its handle."""
+        if handle not in self._streams:
+            self._streams[handle] = self._core.Stream.from_handle(handle)
+        return self._streams[handle]
+
+    def config(
+        self,
+        grid: int | tuple[int, ...],
+        threads: int,
+        *,
+        cluster: int = 1,
+        shared_bytes: int = 0,
+        overlap: bool = False,
+    ) -> Any:  # noqa: ANN401
+        """How a kernel is launched; `overlap`: while the one in front still runs, where GPUs can.
+
+        Kept, since making one asks the driver things, and takes longer than a launch.
+        """
+        key = grid, threads, cluster, shared_bytes, overlap
+        if key not in self._configs:
+            self._configs[key] = self._core.LaunchConfig(
+                grid=grid,
+                cluster=(cluster, 1, 1) if cluster > 1 else None,
+                block=threads,
+                shmem_size=shared_bytes,
+                programmatic_stream_serialization=overlap and self.gpu.has_clusters,
+            )
+        return self._configs[key]
 
     def allow_shared_memory(self, kernel: Any, size: int) -> None:  # noqa: ANN401
         """Blocks get more than 48 KiB only where the kernel is told so."""

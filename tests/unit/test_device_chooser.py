@@ -42,7 +42,7 @@ def test_a_temperature_that_float32_does_not_have_is_not_greedy() -> None:
 
 
 def test_each_row_has_its_own_changes() -> None:
-    biased = SamplingParams(logit_bias=((7, 1.0), (3, 2.0), (7, 1.0)))
+    biased = SamplingParams(repetition_penalty=2.0, logit_bias=((7, 1.0), (3, 2.0), (7, 1.0)))
     penalised = SamplingParams(presence_penalty=1.0)
     samplers = [
         Sampler(biased, [5, 5]),
@@ -70,14 +70,8 @@ def test_each_row_has_its_own_changes() -> None:
 
 
 def test_a_gpu_of_no_changes_is_told_so_again() -> None:
-    picks = pack_params([SamplingParams(presence_penalty=1.0)])
-    assert (
-        len(
-            pack_changes(
-                picks, [Sampler(SamplingParams(presence_penalty=1.0), [1, 2]).next_choice().changes]
-            )
-        )
-        == 2
-    )
+    picks = pack_params([SamplingParams(repetition_penalty=2.0)])
+    sampler = Sampler(SamplingParams(repetition_penalty=2.0), [1, 2])
+    assert len(pack_changes(picks, [sampler.next_choice().changes])) == 2
     assert not len(pack_changes(picks, [None]))
     assert picks["biased"] == picks["end"]
