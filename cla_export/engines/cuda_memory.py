@@ -71,15 +71,15 @@ class CudaMemory:
         self._pinned = self._core.LegacyPinnedMemoryResource()
         self._buffers: dict[int, Any] = {}
         self._staging: tuple[Any, NDArray[np.uint8]] | None = None
-        self._thread = threading.get_ident()
+        self._entered = threading.local()
+        self._entered.so = True
 
     def enter(self) -> None:
         """Make this GPU the calling thread's: what CUDA does is by a thread's own setting."""
-        thread = threading.get_ident()
-        if thread != self._thread:
+        if not getattr(self._entered, "so", False):
             self._device = self._core.Device(self._device.device_id)
             self._device.set_current()
-            self._thread = thread
+            self._entered.so = True
 
     def allocate(self, size: int) -> int:
         self.enter()

@@ -50,6 +50,7 @@ from cla_export.sampling import Choice
 TOKENS = "tokens"  # output: the greedy choice of each row of logits
 PROVIDER = "CUDAExecutionProvider"
 _CHUNK = 2048  # prompt tokens of one call
+_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # rows of a step that tokens are chosen for
 _MOST_LOGITS = 128 << 20  # bytes, of prompts that are read together
 _INT64 = 7  # ONNX's numbers of element types
 _TYPES: dict[str, tuple[Any, int]] = {
@@ -186,9 +187,25 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         """As `TokenChooser.begin_decode`. Errors as for `decode`."""
         first, rows = self._check_decode(slots, tokens, lengths), len(slots)
         self._chooser.prepare(choices)
-        self._feed(np.array(tokens, np.int64)[:, None], np.array(lengths, np.int64), 1)
-        self._step_at(first, rows)
+        # Rows that write nothing, and read one place, make up a size that is captured once.
+        idle = self._captured_rows(first, rows) - rows
+        ids = np.array([*tokens, *[0] * idle], np.int64)[:, None]
+        starts = np.array([*lengths, *[self.capacity] * idle], np.int64)
+        ends = starts + 1
+        ends[rows:] = 1
+        self._feed(ids, starts, 1, ends)
+        self._step_at(first, rows + idle)
         self._chooser.choose(self._logits_at, rows)
+
+    def _captured_rows(self, first: int, rows: int) -> int:
+        """Rows of the step that some rows run in: so there are few sizes to capture.
+
+        Only our own rotation leaves a row alone that says it is full.
+        """
+        if not self.reads_rows_at_once or not self._graphs:
+            return rows
+        wanted = next((size for size in _SIZES if size >= rows), -(-rows // 16) * 16)
+        return min(wanted, self.slots - first)
 
     def end_decode(self) -> list[int | None]:
         """As `TokenChooser.end_decode`."""
@@ -334,9 +351,15 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
 
-    def _feed(self, input_ids: NDArray[np.int64], starts: NDArray[np.int64], keep: int) -> None:
+    def _feed(
+        self,
+        input_ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        keep: int,
+        ends: NDArray[np.int64] | None = None,
+    ) -> None:
         self._keep[...] = keep
-        self._inputs.fill(input_ids, starts, keep)
+        self._inputs.fill(input_ids, starts, keep, ends)
         self._memory.upload(self._inputs_at, self._inputs.block)
 
     def _input(self, name: str) -> int:

@@ -2,7 +2,7 @@
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-LONGEST_HEAD = 65_536  # bytes of a request that are not of its body; h11 has the same limit
+LONGEST_HEAD = 65_536  # bytes of a request that are not of its body; as h11, uvicorn's other choice
 
 
 class HttpProtocol(HttpToolsProtocol):

@@ -173,6 +173,8 @@ def _in_thread(work: Callable[[], Opened]) -> "asyncio.Future[Opened]":
 def _server(door: Door, options: Options) -> "uvicorn.Server":
     import uvicorn
 
+    from cla_export.serve.http_protocol import HttpProtocol
+
     class Server(uvicorn.Server):
         """Leaves signals to us: uvicorn would refuse connections before anybody has noticed."""
 
@@ -182,7 +184,7 @@ def _server(door: Door, options: Options) -> "uvicorn.Server":
 
     config = uvicorn.Config(
         door,
-        http=_http_protocol(),
+        http=HttpProtocol,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -194,12 +196,3 @@ def _server(door: Door, options: Options) -> "uvicorn.Server":
         ssl_keyfile=options.private_key,
     )
     return Server(config)
-
-
-def _http_protocol() -> "type[asyncio.Protocol] | str":
-    """What speaks HTTP: httptools, or h11, which uvicorn brings, where that is not installed."""
-    try:
-        from cla_export.serve.http_protocol import HttpProtocol
-    except ImportError:
-        return "h11"
-    return HttpProtocol

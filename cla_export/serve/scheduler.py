@@ -7,10 +7,12 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
-from cla_export.engines.executor import Executor, Logits, TokenChooser
+from cla_export.engines.executor import Executor, Logits
 from cla_export.sampling import choose
+from cla_export.serve.ahead import Ahead, Landed
 from cla_export.serve.prefill_budget import PrefillBudget
 from cla_export.serve.requests import (
     BAD_LOGITS,
@@ -99,8 +101,8 @@ class Scheduler:
         self._observer = observer
         self._failures: Counter[str] = Counter()  # by phase, since a step of it last succeeded
         self._outputs: Outputs = []
-        self._begun: list[Sequence] = []  # the rows of a step that was begun and has not ended
-        self._begun_at = 0.0
+        chooser = executor.chooser
+        self._ahead = None if chooser is None else Ahead(chooser, clock)
 
     @property
     def load(self) -> Load:
@@ -259,8 +261,8 @@ class Scheduler:
 
     def _decode(self) -> None:
         """One token for every active sequence."""
-        if self.executor.chooser is not None:
-            self._decode_ahead(self.executor.chooser)
+        if self._ahead is not None:
+            self._decode_ahead(self._ahead)
             return
         rows = list(self.active)
         if not rows:
@@ -277,50 +279,23 @@ class Scheduler:
                 sequence.length += 1
             self._sample(rows, logits)
 
-    def _decode_ahead(self, chooser: TokenChooser) -> None:
-        """The tokens of the step that was begun in the last round; before they are told, the next.
-
-        So the executor works while tokens become text. A sequence that turns out to have ended is
-        part of that next step too: what this makes of it is dropped, and its slot, which has room
-        for one token more, is not used again before the step is over.
-        """
-        begun, self._begun = self._begun, []
-        rows = set(self.active).intersection(begun)  # others were cancelled, or have ended
-        landed: dict[Sequence, int | None] = {}
-        logits: dict[Sequence, Logits] = {}
-        found = None
+    def _decode_ahead(self, ahead: Ahead) -> None:
+        """The tokens of the step begun in the last round; before they are told, the next begins."""
+        landed: dict[Sequence, Landed] = {}
+        rows = frozenset(self.active).intersection(ahead.rows)  # others have left since
         if rows:
-            end = chooser.end_decode
-            found = self._step("decode", list(rows), len(rows), end, self._begun_at)
-        for row, (sequence, token) in enumerate(zip(begun, found or (), strict=False)):
-            if sequence not in rows:
-                continue
-            landed[sequence] = token
-            sequence.length += 1
-            if token is not None:
-                sequence.sampler.take(token)
-            if sequence.wants_logits:
-                logits[sequence] = chooser.logits_of(row)
-        failed = self._begin(chooser, landed)
-        self._take(list(landed), list(landed.values()), logits.get)
+            end = partial(ahead.end, rows)
+            landed = self._step("decode", list(rows), len(rows), end, ahead.began) or {}
+        failed = None
+        if self.active:
+            try:
+                ahead.begin(self.active, landed)
+            except Exception as error:  # as in `_step`; those that have a token are told it first
+                failed = error
+        tokens = [token for token, _ in landed.values()]
+        self._take(list(landed), tokens, lambda sequence: landed[sequence].logits)
         if failed is not None:
             self._fail_step("decode", list(self.active), failed)
-
-    def _begin(self, chooser: TokenChooser, landed: dict[Sequence, int | None]) -> Exception | None:
-        """Begin a step of all active sequences, with tokens that they do not have yet."""
-        rows = list(self.active)
-        if not rows:
-            return None
-        last = [landed.get(s, s.tokens[-1]) or 0 for s in rows]  # 0: it fails presently
-        lengths = [s.length for s in rows]
-        self._begun_at = self._clock()
-        try:
-            choices = [s.sampler.next_choice() for s in rows]
-            chooser.begin_decode(range(len(rows)), last, lengths, choices)
-        except Exception as error:  # as in `_step`
-            return error
-        self._begun = rows
-        return None
 
     def _step(
         self,
@@ -406,8 +381,9 @@ class Scheduler:
             hole, last = sequence.slot, self.active.pop()
             if last is not sequence:
                 self.active[hole], last.slot = last, hole
-                # a step that was begun is writing one token more
-                length = last.length + (last in self._begun)
+                length = last.length
+                if self._ahead is not None and last in self._ahead.rows:
+                    length += 1  # that step writes one more
                 self._slots.move(len(self.active), hole, length, self._free())
 
     def _free(self) -> list[int]:
@@ -423,7 +399,9 @@ class Scheduler:
     def fail_all(self, failure: Failure, *, waiting: bool = True) -> Outputs:
         """End every sequence, with or without those that wait; what slots hold is given up."""
         running = [*self.active, *self.prefilling]
-        self.active, self.prefilling, self._begun = [], [], []
+        self.active, self.prefilling = [], []
+        if self._ahead is not None:
+            self._ahead.drop()
         if waiting:
             running += self.waiting
             self.waiting.clear()

@@ -94,6 +94,7 @@ def check_options(options: Options) -> None:
         )
     try:
         import fastapi  # noqa: F401
+        import httptools  # noqa: F401
         import jinja2  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401

@@ -93,7 +93,7 @@ def test_the_driver(memory: CudaMemory) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_rows(zoo: Zoo, dtype: str) -> None:
     bundle = zoo.bundle("onnxruntime", dtype, **LONG)
-    steps, batches, contexts = 8, (16, 1), (4000, 500)
+    steps, batches, contexts = 8, (200, 1), (4000, 500)
     found = cla_export.bench(bundle, batches=batches, contexts=contexts, steps=steps, prompt=300)
     assert [(row.phase, row.batch, row.context) for row in found.rows] == [
         *(("decode", batch, context) for batch in batches for context in contexts),
@@ -112,7 +112,7 @@ def test_rows(zoo: Zoo, dtype: str) -> None:
         else:
             assert row.floor_share is None
     large, _, _, small, _ = found.rows
-    pools = (large.batch * large.context - small.batch * small.context) * TOKEN  # 32 MB
+    pools = (large.batch * large.context - small.batch * small.context) * TOKEN  # 409 MB
     assert large.peak_device_bytes - small.peak_device_bytes > pools / 2, "a cell's memory is freed"
     assert found.machine["gpu"] == CudaMemory().name
     assert found.machine["driver"]

@@ -163,6 +163,25 @@ def test_a_vocabulary_that_is_too_large(memory: CudaMemory) -> None:
 
 
 @pytest.mark.skipif(not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu")
+def test_slots_behind_the_rows_are_left_alone(zoo: Zoo) -> None:
+    """A step of nine rows is captured as one of twelve."""
+    bundle = zoo.bundle("onnxruntime", "fp16", kv_owner=(0, 0, 2, 2), num_key_value_heads=1)
+    executor = OnnxRuntimeCudaExecutor(bundle, capacity=64, slots=12)
+    for slot in range(12):
+        executor.prefill(slot, list(range(1 + slot, 60)), 0)
+    before = [executor.read(group, slot)[0].copy() for group in (0, 1) for slot in (9, 10, 11)]
+    arguments = range(9), [5] * 9, [59 - slot for slot in range(9)]
+    executor.begin_decode(*arguments, [Sampler().next_choice()] * 9)
+    chosen = executor.end_decode()
+    after = [executor.read(group, slot)[0] for group in (0, 1) for slot in (9, 10, 11)]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    logits = np.stack([executor.logits_of(row) for row in range(9)])
+    assert chosen == logits.argmax(1).tolist()
+    exact = executor.decode(*arguments)
+    assert np.abs(exact - logits).max() < 3e-3 * np.abs(exact).max()
+
+
+@pytest.mark.skipif(not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("stock", [False, True])
 def test_an_executor_chooses_by_its_own_logits(zoo: Zoo, dtype: str, stock: bool) -> None:
