@@ -12,7 +12,6 @@ tokens per second are by the processor's time too; those over HTTP never are.
 
 import argparse
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 from provenance import heading, provenance
 from random_model import SHAPE, add_shape_options, config_of, make_model
+from thread_time import thread_seconds
 
 import cla_export
 from cla_export.bundle import Bundle, open_bundle
@@ -232,10 +232,8 @@ def serve_http(
 
 
 def _loop_seconds(pid: int) -> float:
-    """Processor time of a process's first thread, in steps of 10 ms."""
-    stat = Path(f"/proc/{pid}/task/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2]
-    user, system = stat.split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    """Processor time of the event loop, which is a server's first thread."""
+    return thread_seconds(pid)[pid]
 
 
 def _metrics(text: str) -> dict[str, float]:
