@@ -50,8 +50,7 @@ enum { LANES = 4, PANEL_ROWS = 4, PANELS = 2 };
 enum {
   BLOCK = 128,     /* keys that are scored, then weighted, at a time: they stay in L1 and L2 */
   AHEAD = 2048,    /* numbers of keys, of values or of a weight, fetched before they are used */
-  FAR_AHEAD = 8192,  /* of keys and values whose rows are lanes, */
-  FAR_IN_ROWS = 4096, /* and of a weight that is read some rows at a time */
+  FAR_AHEAD = 8192, /* the same, of keys and values whose rows are lanes */
   LINE = 16,       /* floats that are fetched at a time */
   KEYS = 8,        /* keys in flight in the loop of lanes */
   TILES = 4,       /* tiles of LANES rows that share a block of keys */
@@ -676,7 +675,8 @@ MULTIPLY_FEW(1)
 MULTIPLY_FEW(2)
 MULTIPLY_FEW(4)
 
-/* Many tokens are lanes: R rows of w by C panels, from panel number `c` on; columns [from, to). */
+/* Many tokens are lanes: R rows of w by C panels, from panel number `c` on; columns [from, to).
+ * What is fetched are the rows behind these, in one stream however many rows are read at a time. */
 INLINE void cross(const Product *p, int row, int c, int from, int to, const int R, const int C) {
   const float *w = p->w + (size_t)row * p->k, *x = p->panels + (size_t)c * p->k * LANES;
   size_t panel = (size_t)p->k * LANES;
@@ -684,7 +684,7 @@ INLINE void cross(const Product *p, int row, int c, int from, int to, const int 
   for (int j = 0; j < R; j++)
     for (int i = 0; i < C; i++) sum[j][i] = splat(0.0f);
   for (int d = from; d < to; d++) {
-    if (d * R % LINE == 0) fetch(w + FAR_IN_ROWS + d * R);
+    if (d * R % LINE == 0) fetch(w + R * p->k + AHEAD + d * R);
     for (int i = 0; i < C; i++) y[i] = load(x + i * panel + (size_t)d * LANES);
     for (int j = 0; j < R; j++)
       for (int i = 0; i < C; i++) sum[j][i] += w[(size_t)j * p->k + d] * y[i];
@@ -714,7 +714,7 @@ INLINE void cross_pairs(const Product *p, int row, const int R) {
   for (int j = 0; j < R; j++) sum[j][0] = sum[j][1] = splat(0.0f);
   int d = 0;
   for (; d + 4 <= p->k; d += 4) {
-    if (d * R % LINE == 0) fetch_once(w + FAR_IN_ROWS + d * R);
+    if (d * R % LINE == 0) fetch_once(w + R * p->k + AHEAD + d * R);
     for (int i = 0; i < 2; i++) {
       vec y = load(x + (size_t)(d / 2 + i) * LANES);
       for (int j = 0; j < R; j++) sum[j][i] += pair(w + (size_t)j * p->k + d + 2 * i) * y;
