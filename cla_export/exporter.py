@@ -5,8 +5,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cla_export import __version__
 from cla_export.bundle import (
@@ -263,7 +264,9 @@ def _write_graph(model: "ir.Model", folder: Path, progress: Progress) -> None:
     ]
     tensors = [value.const_value for value in values if value.const_value is not None]
     write = ir.external_data.convert_tensors_to_external
-    written = write(tensors, folder, WEIGHTS, callback=tensor_written, max_workers=1)
+    # One tensor at a time in memory; before onnx-ir 1.1 there is no other way.
+    one: dict[str, Any] = {"max_workers": 1} if "max_workers" in signature(write).parameters else {}
+    written = write(tensors, folder, WEIGHTS, callback=tensor_written, **one)
     for value, tensor in zip(values, written, strict=True):
         value.const_value = tensor
     ir.save(model, folder / GRAPH)

@@ -1,6 +1,8 @@
 """What a decode step has to read from memory, which no implementation can be faster than.
 
-Every weight once and, for each group of layers, the keys and values that its rows see, once.
+Every weight once and, for each group of layers, the keys and values that its rows see, once: on a
+CPU and a GPU alike. All layers of a group read them, but those after the first might find them in a
+cache.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,9 @@ from cla_export.layout import DTYPE_BITS, KVLayout
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+_ROTATIONS = ("ClaRotate", "ClaRotateAppend")  # of decode_ops.cu
+_TABLES = (1, 2)  # cosines and sines, by position
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +30,8 @@ def read_weights(graph: Path) -> Weights:
     """Bytes of weights that a step of an ONNX graph reads; their values are not loaded.
 
     1. An initialiser counts once, whoever reads it: a tied embedding is the head's weight too.
-    2. Of one that is only looked up by Gather, such as an untied embedding or a table of cosines,
-       each row of the batch reads an entry.
+    2. Of one that is only looked up, such as an untied embedding or a table of cosines, each row of
+       the batch reads an entry: by Gather, through a Cast too, or by our rotations.
     3. int64 constants are shapes and axes, and do not count.
     """
     import onnx_ir as ir
@@ -57,4 +62,8 @@ def kv_bytes(layout: KVLayout, dtype: str, batch: int, context: int) -> int:
 
 def _looks_up(node: "ir.Node", place: int) -> bool:
     """Whether a node reads only some entries of its input at this place."""
-    return node.op_type == "Gather" and place == 0 and node.attributes.get_int("axis", 0) == 0
+    if node.op_type == "Cast":
+        return all(_looks_up(reader, at) for reader, at in node.outputs[0].uses())
+    if node.op_type == "Gather":
+        return place == 0 and node.attributes.get_int("axis", 0) == 0
+    return node.op_type in _ROTATIONS and place in _TABLES

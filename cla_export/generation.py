@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from cla_export.bundle import Bundle, open_bundle
 from cla_export.engines.executor import Executor
 from cla_export.engines.opening import open_executor
-from cla_export.errors import BadInput, BundleError
-from cla_export.sampling import Sampler, SamplingParams
+from cla_export.errors import BadInput, BundleError, RunError
+from cla_export.sampling import Sampler, SamplingParams, decode_and_choose
 from cla_export.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -96,10 +96,13 @@ class LoadedModel:
 
     def _next(self, token: int, length: int, sampler: Sampler) -> int:
         """The token after one that the slot, which holds `length`, is given."""
-        greedy = getattr(self.executor, "decode_greedy", None)
-        if sampler.greedy and greedy is not None:  # only the choice leaves the device
-            return int(greedy([0], [token], [length])[0, 0])
-        return sampler.pick(self.executor.decode([0], [token], [length])[0])
+        chosen = decode_and_choose(self.executor, 0, token, length, sampler)
+        if chosen is None:
+            raise RunError(
+                f"the model's logits after {length + 1} tokens are not numbers; compare it with "
+                f"PyTorch: cla-export parity {self.bundle.folder}"
+            )
+        return chosen
 
 
 def load(

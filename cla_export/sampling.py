@@ -8,11 +8,13 @@ seed and how many tokens were drawn give them.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cla_export.draw import Scratch, draw
-from cla_export.engines.executor import Logits
+from cla_export.engines.executor import Executor, Logits
 from cla_export.errors import BadInput
 
 _SEEDS = 2**64
@@ -68,6 +70,27 @@ class SamplingParams:
         return penalties == (1.0, 0.0, 0.0) and not self.logit_bias
 
 
+Tokens = NDArray[np.int64]
+Numbers = NDArray[np.float32]
+_NONE = np.empty(0, np.int64), np.empty(0, np.float32)
+
+
+class Changes(NamedTuple):
+    """What is changed of a row's logits before anything is chosen by them, in this order."""
+
+    biased: tuple[Tokens, Numbers]  # tokens, and what is added to their logits
+    seen: tuple[Tokens, Numbers]  # tokens to penalise, and how often the output has each
+    barred: Tokens  # that are not chosen
+
+
+class Choice(NamedTuple):
+    """What a sequence's next token is chosen by, beside its logits; to be used at once."""
+
+    params: SamplingParams
+    key: int = 0  # 64 random bits; 0 where the likeliest is taken
+    changes: Changes | None = None
+
+
 class Sampler:
     """Chooses the tokens of one sequence.
 
@@ -89,10 +112,12 @@ class Sampler:
         barred_for: int = 0,
     ) -> None:
         self.params = params = params or SamplingParams()
-        self._bias = dict.fromkeys((token for token, _ in params.logit_bias), 0.0)
-        for token, bias in params.logit_bias:
-            self._bias[token] += bias
-        self._seen = None if params.as_they_are else _Seen(prompt)
+        bias = dict.fromkeys((token for token, _ in params.logit_bias), 0.0)
+        for token, value in params.logit_bias:
+            bias[token] += value
+        self._bias = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
+        counted = prompt if params.repetition_penalty != 1 else ()
+        self._seen = None if params.as_they_are else _Seen(counted)
         self._barred = np.array(barred, np.int64)
         self._barred_for = barred_for
         self._count = 0
@@ -105,6 +130,15 @@ class Sampler:
         barred = self._count < self._barred_for
         return self.params.temperature == 0 and self.params.as_they_are and not barred
 
+    def next_choice(self) -> Choice:
+        """How the next token is to be chosen; the random bits of it are used up."""
+        key = self._random.random_raw() if self.params.temperature else 0
+        barred = self._barred if self._count < self._barred_for else _NONE[0]
+        if self._seen is None and not len(barred):
+            return Choice(self.params, key)
+        seen = _NONE if self._seen is None else (self._seen.tokens, self._seen.times)
+        return Choice(self.params, key, Changes(self._bias, seen, barred))
+
     def pick(self, logits: Logits, scratch: Scratch | None = None) -> int:
         """The next token for logits [V], all below infinity and one at least finite.
 
@@ -113,7 +147,7 @@ class Sampler:
         if self.greedy:
             token = int(logits.argmax())
         else:
-            token = self._pick(logits, scratch or Scratch(len(logits)))
+            token = pick_by(self.next_choice(), logits, scratch or Scratch(len(logits)))
         self.take(token)
         return token
 
@@ -123,53 +157,51 @@ class Sampler:
         if self._seen is not None:
             self._seen.add(token)
 
-    def _pick(self, logits: Logits, scratch: Scratch) -> int:
-        if not self.params.as_they_are or self._count < self._barred_for:
-            scratch.row[:] = logits
-            self._adjust(scratch.row)
-            logits = scratch.row
-        likeliest = int(logits.argmax())
-        if self.params.temperature == 0:
-            return likeliest
-        np.subtract(logits, logits[likeliest], out=scratch.row)
-        return draw(scratch, self.params, self._random.random_raw())
-
-    def _adjust(self, scores: Logits) -> None:
-        for token, bias in self._bias.items():
-            scores[token] += bias
-        if self._seen is not None:
-            self._seen.penalize(scores, self.params)
-        if self._count < self._barred_for:
-            scores[self._barred] = -np.inf
-
 
 class _Seen:
     """The tokens that prompt and output have, and how often the output has each."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._places = {token: place for place, token in enumerate(dict.fromkeys(prompt))}
-        self._tokens = np.fromiter(self._places, np.int64, len(self._places))
-        self._times = np.zeros(len(self._places), np.float32)
+        self.tokens = np.fromiter(self._places, np.int64, len(self._places))
+        self.times = np.zeros(len(self._places), np.float32)
 
     def add(self, token: int) -> None:
         """Note one of the output."""
-        place = self._places.setdefault(token, len(self._tokens))
-        if place == len(self._tokens):
-            self._tokens = np.append(self._tokens, np.int64(token))
-            self._times = np.append(self._times, np.float32(0))
-        self._times[place] += 1
+        place = self._places.setdefault(token, len(self.tokens))
+        if place == len(self.tokens):
+            self.tokens = np.append(self.tokens, np.int64(token))
+            self.times = np.append(self.times, np.float32(0))
+        self.times[place] += 1
 
-    def penalize(self, scores: Logits, params: SamplingParams) -> None:
-        """Change scores [V] by the penalties."""
-        found = scores[self._tokens]
-        found *= np.where(
-            found > 0,
-            np.float32(1 / params.repetition_penalty),
-            np.float32(params.repetition_penalty),
-        )
-        found -= np.float32(params.frequency_penalty) * self._times
-        found[self._times > 0] -= np.float32(params.presence_penalty)
-        scores[self._tokens] = found
+
+def pick_by(choice: Choice, logits: Logits, scratch: Scratch) -> int:
+    """A token by logits [V], as `Sampler.pick`; `scratch` is changed."""
+    params = choice.params
+    if choice.changes is not None:
+        scratch.row[:] = logits
+        _adjust(scratch.row, params, choice.changes)
+        logits = scratch.row
+    likeliest = int(logits.argmax())
+    if params.temperature == 0:
+        return likeliest
+    np.subtract(logits, logits[likeliest], out=scratch.row)
+    return draw(scratch, params, choice.key)
+
+
+def _adjust(scores: Logits, params: SamplingParams, changes: Changes) -> None:
+    """Change scores [V]."""
+    tokens, bias = changes.biased
+    scores[tokens] += bias
+    tokens, times = changes.seen
+    found = scores[tokens]
+    found *= np.where(
+        found > 0, np.float32(1 / params.repetition_penalty), np.float32(params.repetition_penalty)
+    )
+    found -= np.float32(params.frequency_penalty) * times
+    found[times > 0] -= np.float32(params.presence_penalty)
+    scores[tokens] = found
+    scores[changes.barred] = -np.inf
 
 
 def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
@@ -191,3 +223,16 @@ def choose(logits: Logits, samplers: Sequence[Sampler]) -> list[int | None]:
             scratch = scratch or Scratch(logits.shape[1])
             tokens.append(sampler.pick(logits[row], scratch))
     return tokens
+
+
+def decode_and_choose(
+    executor: Executor, slot: int, token: int, length: int, sampler: Sampler
+) -> int | None:
+    """One step of one slot, and the token after it: chosen where the logits are, if that can be."""
+    if executor.chooser is None:
+        return choose(executor.decode([slot], [token], [length]), [sampler])[0]
+    executor.chooser.begin_decode([slot], [token], [length], [sampler.next_choice()])
+    (chosen,) = executor.chooser.end_decode()
+    if chosen is not None:
+        sampler.take(chosen)
+    return chosen

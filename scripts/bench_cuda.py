@@ -8,7 +8,7 @@ gate and up in another, norms, RoPE and SwiGLU compiled, cuDNN's attention over 
 ours includes choosing the greedy token and feeding it to the next step, on the device. Both start
 from the same random weights and caches, and their logits are compared first. The floor is the time
 in which the weights, and for every layer the keys and values that it reads, come from memory at the
-highest rate that this run saw.
+highest rate that this run saw; `cla-export bench` counts keys and values once a group.
 """
 
 import argparse

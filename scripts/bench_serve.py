@@ -1,5 +1,7 @@
 """What batching brings, and what the scheduler and HTTP cost beside the bare executor's step.
 
+On a GPU a step includes choosing its tokens, and the scheduler works while the next one runs.
+
 For each number of slots: the bare executor's decode step; the engine's tokens per second with twice
 as many requests as slots; and as many streams over HTTP, whose client is a process of its own on
 the same cores. What the scheduler and HTTP cost is the processor time of their threads for each
@@ -10,7 +12,6 @@ tokens per second are by the processor's time too; those over HTTP never are.
 
 import argparse
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -25,13 +26,14 @@ from typing import Any
 import numpy as np
 from provenance import heading, provenance
 from random_model import SHAPE, add_shape_options, config_of, make_model
+from thread_time import thread_seconds
 
 import cla_export
 from cla_export.bundle import Bundle, open_bundle
 from cla_export.engines.executor import Executor, Logits
 from cla_export.engines.opening import open_executor
 from cla_export.environment import cpus
-from cla_export.sampling import SamplingParams
+from cla_export.sampling import Choice, SamplingParams
 from cla_export.serve.engine import Engine
 from cla_export.serve.requests import Output, Request
 from cla_export.serve.scheduler import Outputs
@@ -70,11 +72,25 @@ class Watched:
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._executor, name)
 
+    @property
+    def chooser(self) -> "Watched | None":
+        return None if self._executor.chooser is None else self
+
     def decode(self, slots: Sequence[int], *rows: Sequence[int]) -> Logits:
+        return self._timed(slots, lambda: self._executor.decode(slots, *rows))
+
+    def begin_decode(self, slots: Sequence[int], *rows: Any) -> None:  # noqa: ANN401
+        self._begun = slots
+        self._executor.begin_decode(slots, *rows)
+
+    def end_decode(self) -> list[int | None]:
+        return self._timed(self._begun, self._executor.end_decode)
+
+    def _timed(self, slots: Sequence[int], step: Callable[[], Any]) -> Any:  # noqa: ANN401
         before, began = time.thread_time(), time.perf_counter()
-        logits = self._executor.decode(slots, *rows)
+        made = step()
         self.steps.append((len(slots), time.perf_counter() - began, before, time.thread_time()))
-        return logits
+        return made
 
     def between_ms(self, rows: int) -> float:
         """Milliseconds of the calling thread's processor time between two full steps, median."""
@@ -134,10 +150,15 @@ def measure(bundle: Bundle, slots: int, sampled: bool, threads: int | None, http
 
 def bare_step(executor: Executor, slots: int, clock: Callable[[], float]) -> float:
     """Milliseconds of decode with `slots` rows in the middle of their answers."""
-    times, rows = [], range(slots)
+    times, rows, params = [], range(slots), SamplingParams()
     for step in range(WARM + NEW // 2):
         began = clock()
-        executor.decode(rows, [5] * slots, [PROMPT + NEW // 4 + step] * slots)
+        lengths = [PROMPT + NEW // 4 + step] * slots
+        if executor.chooser is None:
+            executor.decode(rows, [5] * slots, lengths)
+        else:
+            executor.chooser.begin_decode(rows, [5] * slots, lengths, [Choice(params)] * slots)
+            executor.chooser.end_decode()
         times.append(clock() - began)
     return float(np.percentile(times[WARM:], 10)) * 1e3
 
@@ -174,7 +195,14 @@ def serve_http(
     server = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
-        url = next(line.split()[-1] for line in server.stderr if line.startswith("serving "))
+        said = []
+        for line in server.stderr:
+            said.append(line)
+            if line.startswith("serving "):
+                break
+        else:
+            raise SystemExit(f"{' '.join(map(str, command))} does not start:\n{''.join(said)}")
+        url = said[-1].split()[-1]
         bodies = [
             {
                 "prompt": list(request.prompt),
@@ -204,10 +232,8 @@ def serve_http(
 
 
 def _loop_seconds(pid: int) -> float:
-    """Processor time of a process's first thread, in steps of 10 ms."""
-    stat = Path(f"/proc/{pid}/task/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2]
-    user, system = stat.split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    """Processor time of the event loop, which is a server's first thread."""
+    return thread_seconds(pid)[pid]
 
 
 def _metrics(text: str) -> dict[str, float]:

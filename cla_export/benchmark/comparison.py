@@ -6,7 +6,7 @@ from cla_export.benchmark.results import Bench
 
 NOISE = 0.10  # of a time: what two runs on a quiet machine may differ by
 _LARGEST_NOISE = 0.5  # what a run's own spread may excuse
-_SAME_MACHINE = ("processor", "cpus", "threads")
+_SAME_MACHINE = ("processor", "cpus", "threads", "gpu", "driver")
 _SAME_WORK = ("backend", "graph", "weight_bytes")
 
 

@@ -12,7 +12,7 @@ from cla_export.engines.opening import open_executor
 from cla_export.errors import RunError
 from cla_export.serve.engine import Engine
 from cla_export.serve.requests import Request
-from cla_export.serve.scheduler import CHUNK, Outputs
+from cla_export.serve.scheduler import Outputs
 from cla_export.tokenizer import load_tokenizer
 
 
@@ -21,7 +21,7 @@ def bench_engine(
     work: Work,
     *,
     slots: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     prefill_seconds: float | None = None,
     threads: int | None = None,
     progress: Progress = lambda _what, _done, _of: None,
@@ -32,7 +32,7 @@ def bench_engine(
         bundle: an opened bundle, or its folder (verified before use).
         work: what is asked.
         slots: sequences that run side by side; None: as many as the largest level has streams.
-        chunk: prompt tokens of one prefill call.
+        chunk: as of `Scheduler`.
         prefill_seconds: as of `Scheduler`.
         threads: intra-operator threads (onnxruntime only); None: its own choice.
         progress: called with (what, levels done, of).

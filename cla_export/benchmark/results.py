@@ -14,7 +14,13 @@ class Row:
     """One cell: decode steps of `batch` rows that hold `context` tokens, or one prompt's prefill.
 
     Times are milliseconds of a step (of the whole prompt): the median, and where the fastest and
-    the slowest tenth begin. `tokens_per_s` is of all rows together.
+    the slowest tenth begin; where steps are timed together, of a timing's mean step. `tokens_per_s`
+    is of all rows together.
+
+    `peak_device_bytes` is by how much the memory in use on the GPU had grown from before the first
+    cell until this one's last step was done, its executor open: weights, caches, workspaces and the
+    code of kernels, but not the CUDA context. An executor gives nothing back before it is closed,
+    so that is its peak. What other processes take or free meanwhile is in it too.
     """
 
     phase: str  # decode or prefill
@@ -27,6 +33,7 @@ class Row:
     floor_share: float | None  # the floor's time over the median; None: prefill, or no floor known
     kv_bytes: int  # of the keys and values that a step can see, once for each group
     peak_rss_bytes: int  # of this process, from opening the bundle on
+    peak_device_bytes: int | None = None  # None: not on a GPU, or of an earlier version
 
     @property
     def name(self) -> str:

@@ -1,12 +1,14 @@
 """One cell timed: a bundle opened for it, its caches filled, its steps or prompts run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 
 from cla_export.benchmark.cells import WARM, Cell
 from cla_export.benchmark.results import Row
@@ -18,6 +20,17 @@ from cla_export.errors import BadInput
 from cla_export.floor import kv_bytes
 from cla_export.peak_memory import read_peak
 
+_TIMINGS = 7  # of steps that are timed as one
+
+
+@runtime_checkable
+class _Greedy(Protocol):
+    """An executor that chooses tokens itself, as OnnxRuntimeCudaExecutor does."""
+
+    def decode_greedy(
+        self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], steps: int = 1
+    ) -> NDArray[np.int64]: ...
+
 
 def time_cell(
     bundle: Bundle,
@@ -26,8 +39,12 @@ def time_cell(
     engine: Path | None,
     threads: int | None,
     module: str | None = None,
+    read_growth: Callable[[], int | None] = lambda: None,
 ) -> Row:
-    """Open the bundle for a cell, and time it; the executor goes when this returns."""
+    """Open the bundle for a cell, and time it; the executor goes when this returns.
+
+    `read_growth`: bytes by which memory in use on a GPU grew, asked while the executor is open.
+    """
     runs_on = backend_of(bundle, backend)
     fixed = runs_on in FLAVOURS  # an engine's capacity is what it was built for
     executor = open_executor(
@@ -60,17 +77,26 @@ def time_cell(
         floor_share=None,
         kv_bytes=kv_bytes(bundle.layout, dtype, cell.batch, cell.context),
         peak_rss_bytes=read_peak(),
+        peak_device_bytes=read_growth(),
     )
 
 
 def decode_ms(executor: Executor, cell: Cell) -> Iterator[float]:
-    """Milliseconds of each step behind full caches."""
+    """Milliseconds of a step behind full caches: of each, or where tokens stay, of many as one."""
     fill(executor, cell)
+    rows = range(cell.batch)
     tokens = np.random.default_rng(1).integers(0, executor.vocab_size, cell.batch).tolist()
+    if isinstance(executor, _Greedy):
+        for timing in range(1 + _TIMINGS):  # the first captures the step
+            began = perf_counter()
+            executor.decode_greedy(rows, tokens, [cell.context] * cell.batch, cell.times)
+            if timing:
+                yield (perf_counter() - began) * 1e3 / cell.times
+        return
     for step in range(WARM + cell.times):
         lengths = [cell.context + step] * cell.batch
         began = perf_counter()
-        executor.decode(range(cell.batch), tokens, lengths)
+        executor.decode(rows, tokens, lengths)
         if step >= WARM:
             yield (perf_counter() - began) * 1e3
 

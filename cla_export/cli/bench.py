@@ -34,7 +34,9 @@ def bench(
         ),
     ] = None,
     phase: Annotated[str, typer.Option(help="What to measure.")] = "decode,prefill",
-    steps: Annotated[int, typer.Option(help="Decode steps to time.")] = 16,
+    steps: Annotated[
+        int | None, typer.Option(help="Decode steps to time; 16, or 64 as one on a GPU.")
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens that prefill reads.")] = 512,
     backend: Annotated[
         Backend | None,

@@ -37,7 +37,7 @@ def bench_server(
     slots: Annotated[
         int | None, typer.Option(help="Of a bundle's engine; by default the most streams.")
     ] = None,
-    chunk: Annotated[int, typer.Option(help="Of a bundle's engine, as of serve.")] = 64,
+    chunk: Annotated[int | None, typer.Option(help="Of a bundle's engine, as of serve.")] = None,
     prefill_budget: Annotated[
         float | None, typer.Option(help="Of a bundle's engine, as of serve.")
     ] = None,

@@ -35,7 +35,7 @@ def triton(
     slots: Slots = None,
     kv_memory: KvMemory = None,
     max_len: MaxLen = None,
-    chunk: Chunk = 64,
+    chunk: Chunk = None,
     prefill_budget: PrefillBudget = None,
     threads: Threads = None,
     max_queued_requests: MaxQueuedRequests = 256,

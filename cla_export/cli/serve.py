@@ -40,7 +40,7 @@ def serve(
     slots: Slots = None,
     kv_memory: KvMemory = None,
     max_len: MaxLen = None,
-    chunk: Chunk = 64,
+    chunk: Chunk = None,
     prefill_budget: PrefillBudget = None,
     threads: Threads = None,
     served_model_name: ServedModelName = None,

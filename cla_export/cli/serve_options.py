@@ -22,7 +22,12 @@ KvMemory = Annotated[
 MaxLen = Annotated[
     int | None, typer.Option(help="Tokens of prompt and answer; by default all positions.")
 ]
-Chunk = Annotated[int, typer.Option(help="Prompt tokens read at once, between the others' steps.")]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        help="Prompt tokens read at once, between the others' steps; by default 64, 512 on a GPU."
+    ),
+]
 PrefillBudget = Annotated[
     float | None,
     typer.Option(

@@ -8,7 +8,6 @@ from cla_export.errors import BadInput
 from cla_export.planning import parse_bytes
 from cla_export.serve.engine import Limits
 from cla_export.serve.gate import read_keys
-from cla_export.serve.scheduler import CHUNK
 from cla_export.serve.server import Options
 
 
@@ -26,7 +25,7 @@ class ReplicaArgs:
     slots: int | None = None
     kv_memory: str | int | None = None
     max_len: int | None = None
-    chunk: int = CHUNK
+    chunk: int | None = None
     prefill_budget: float | None = None  # milliseconds
     threads: int | None = None
     served_model_name: str | None = None

@@ -30,7 +30,7 @@ class Parameters(BaseModel):
     slots: int | None = None
     kv_memory: str | None = None
     max_len: int | None = None
-    chunk: int = Options().chunk
+    chunk: int | None = None
     prefill_budget: float | None = None
     threads: int | None = None
     max_queued_requests: int = Limits().queued_requests

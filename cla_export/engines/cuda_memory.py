@@ -5,6 +5,7 @@ Everything happens in the order of one stream. What is allocated lives as long a
 
 import ctypes
 import importlib
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -51,6 +52,7 @@ class CudaMemory:
     def __init__(self, device: int = 0) -> None:
         try:
             self._core = importlib.import_module("cuda.core")
+            self._driver = importlib.import_module("cuda.bindings.driver")
             self._device = self._core.Device(device)
             self._device.set_current()
         except ImportError as error:
@@ -63,13 +65,24 @@ class CudaMemory:
         capability = self._device.compute_capability
         self.compute_capability = f"{capability.major}.{capability.minor}"
         self.name = str(self._device.name)
+        self.multiprocessors = int(self._device.properties.multiprocessor_count)
         self._stream = self._device.create_stream()
         self.stream = int(self._stream.handle)
         self._pinned = self._core.LegacyPinnedMemoryResource()
         self._buffers: dict[int, Any] = {}
         self._staging: tuple[Any, NDArray[np.uint8]] | None = None
+        self._entered = threading.local()
+        self._entered.so = True
+
+    def enter(self) -> None:
+        """Make this GPU the calling thread's: what CUDA does is by a thread's own setting."""
+        if not getattr(self._entered, "so", False):
+            self._device = self._core.Device(self._device.device_id)
+            self._device.set_current()
+            self._entered.so = True
 
     def allocate(self, size: int) -> int:
+        self.enter()
         try:
             buffer = self._device.allocate(size, stream=self._stream)
         except Exception as error:  # cuda-core's own
@@ -83,28 +96,66 @@ class CudaMemory:
         return address
 
     def free(self, address: int) -> None:
+        self.enter()
         self._buffers.pop(address).close(self._stream)
 
     def upload(self, address: int, array: NDArray[np.generic]) -> None:
+        self.enter()
         self._stream.sync()  # what was staged before may still be on its way
         staged, host = self._stage(array.nbytes)
         host[: array.nbytes] = _bytes(np.ascontiguousarray(array))
         staged.copy_to(self._part(address, array.nbytes), stream=self._stream)
 
     def download(self, address: int, array: NDArray[np.generic]) -> None:
+        self.enter()
         staged, host = self._stage(array.nbytes)
         self._part(address, array.nbytes).copy_to(staged, stream=self._stream)
         self._stream.sync()
         _bytes(array)[:] = host[: array.nbytes]
 
     def copy(self, source: int, target: int, size: int) -> None:
+        self.enter()
         self._part(source, size).copy_to(self._part(target, size), stream=self._stream)
 
     def capture(self, work: Work) -> Work:
+        self.enter()
         builder = self._stream.create_graph_builder().begin_building("relaxed")
         work()
         graph = builder.end_building().complete()
         return lambda: graph.launch(self._stream)
+
+    def read_free(self) -> tuple[int, int]:
+        """Bytes of the GPU's memory that no process holds, and of all of it.
+
+        What was freed here is held for later allocations until `trim`.
+        """
+        self.enter()
+        status, free, total = self._driver.cuMemGetInfo()
+        self._check(status, "cuMemGetInfo")
+        return int(free), int(total)
+
+    def trim(self) -> None:
+        """Give back to the GPU what was freed here and is held for later allocations."""
+        self.enter()
+        self._device.sync()
+        pool = getattr(self._device.memory_resource, "handle", None)  # there are others than pools
+        if pool is not None:
+            (status,) = self._driver.cuMemPoolTrimTo(pool, 0)
+            self._check(status, "cuMemPoolTrimTo")
+
+    def read_driver(self) -> str:
+        """The driver's version, such as 580.65.06; where it is not told, CUDA's that it brings."""
+        try:
+            *first, last = self._core.system.get_kernel_mode_driver_version()
+        except Exception:  # cuda-core's own, without NVML
+            status, version = self._driver.cuDriverGetVersion()
+            self._check(status, "cuDriverGetVersion")
+            return f"CUDA {version // 1000}.{version % 1000 // 10}"
+        return ".".join([*map(str, first), f"{last:02}"])
+
+    def _check(self, status: Any, what: str) -> None:  # noqa: ANN401
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise RunError(f"{what} failed on {self.name}: {status}")
 
     def _stage(self, size: int) -> tuple[Any, NDArray[np.uint8]]:
         """That much pinned host memory, as a buffer and as the array it lies in."""

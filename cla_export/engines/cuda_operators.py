@@ -1,25 +1,26 @@
 """Launching the kernels of a graph's own operators on a GPU, when ONNX Runtime comes to them.
 
-`plugin/host_ops.c` calls back with a node's number, addresses and shapes. What happens here is done
-once for each captured decode step, and for every node of a prompt.
+`plugin/host_ops.c` calls back with a node's number, addresses and shapes, and does by itself what
+was done here for a call of the same shapes.
 """
 
 import ctypes
-import importlib
+import weakref
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
-from weakref import WeakValueDictionary
+from typing import Any
 
 import numpy as np
 
 from cla_export.engines.cuda_memory import Memory
+from cla_export.engines.cuda_notes import Call, Copied, Multiplied, Notes
 from cla_export.errors import MissingEnvironment, RunError
 from cla_export.lower.cuda_operators import DOMAINS
 from cla_export.plugin.compile import compile_operators
 from cla_export.plugin.contract import Problem
-from cla_export.plugin.launch import Launcher, Pointers, ProductPointers
-from cla_export.plugin.product import plan_product
+from cla_export.plugin.launch import Launched, Launcher, Pointers, ProductPointers
+from cla_export.plugin.product import ProductPlan, plan_product
 
 _LINEAR, _ROTATE, _ROTATE_APPEND, _ATTENTION = range(4)
 _THREADS = 256
@@ -29,30 +30,8 @@ _FLOAT32, _TRANSPOSED, _PLAIN, _DEFAULT = 68, 1, 0, -1
 _CUBLAS_BYTES = 32 << 20
 
 
-class _Argument(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("data", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("dims", ctypes.c_int64 * 4),
-    ]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.dims[: self.rank])
-
-
-class _Call(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("node", ctypes.c_int64),
-        ("kind", ctypes.c_int64),
-        ("stream", ctypes.c_void_p),
-        ("inputs", _Argument * 6),
-        ("outputs", _Argument * 3),
-    ]
-
-
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Call))
-_by_stream: "WeakValueDictionary[int, CudaOperators]" = WeakValueDictionary()
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Call))
+_by_stream: "weakref.WeakValueDictionary[int, CudaOperators]" = weakref.WeakValueDictionary()
 
 
 @_CALLBACK  # type: ignore[untyped-decorator]
@@ -77,6 +56,11 @@ def own_nodes(graph: Path) -> dict[int, dict[str, Any]]:
     }
 
 
+def attends(nodes: dict[int, dict[str, Any]]) -> bool:
+    """Whether attention is among a graph's own nodes: all layers' is, or none's."""
+    return any("window" in attributes for attributes in nodes.values())
+
+
 class CudaOperators:
     """The operators of one session, whose work goes to one stream.
 
@@ -99,12 +83,13 @@ class CudaOperators:
         self.error: Exception | None = None
         self._memory, self._nodes, self._dtype = memory, nodes, dtype
         self._launcher = Launcher(device)
-        self._core = importlib.import_module("cuda.core")
-        self._stream = self._core.Stream.from_handle(memory.stream)
+        self._launches: list[Launched | Copied | Multiplied] = []  # of the node that is computed
         self._kernels: dict[str, Any] = {}
         self._rooms: dict[str, tuple[int, int]] = {}
         self._problems: dict[Problem, Any] = {}
+        self._plans: dict[tuple[int, int, int, bool], ProductPlan | None] = {}
         self._product = _Products(memory, dtype)
+        self._notes = Notes(library, self._product.cublas)
         ctypes.CDLL(str(library)).cla_set_callback(_dispatch)
         _by_stream[memory.stream] = self
 
@@ -113,32 +98,38 @@ class CudaOperators:
         error, self.error = self.error, None
         return error
 
-    def launch(self, call: _Call) -> None:
-        """Queue a node's kernels."""
+    def launch(self, call: Call) -> None:
+        """Queue a node's kernels, and note them."""
         node = self._nodes[call.node]
-        steps: dict[int, Callable[[_Call, dict[str, Any]], None]] = {
+        launches: list[Launched | Copied | Multiplied] = []
+        self._launches, self._launcher.tell = launches, launches.append
+        steps: dict[int, Callable[[Call, dict[str, Any]], None]] = {
             _LINEAR: self._linear,
             _ROTATE: self._rotate,
             _ROTATE_APPEND: self._rotate,
             _ATTENTION: self._attention,
         }
         steps[call.kind](call, node)
+        self._notes.add(call, launches)
 
-    def _linear(self, call: _Call, node: dict[str, Any]) -> None:
+    def _linear(self, call: Call, node: dict[str, Any]) -> None:
         x, w, norm, residual = (call.inputs[i] for i in range(4))
-        y, gated = call.outputs[0], bool(node["gated"])
+        y, gated = call.outputs[0].data, bool(node["gated"])
         rows, k = w.shape
-        tokens, n = int(np.prod(x.shape[:-1])), rows // (2 if gated else 1)
+        tokens, n = prod(x.shape[:-1]), rows // (2 if gated else 1)
         if tokens == 0:
             return
         source = x.data
         if norm.data:
             source = self._normed(x.data, norm.data, tokens, k, node["epsilon"])
-        plan = plan_product(tokens, n, k, self._launcher.gpu, gated=gated)
+        shape = tokens, n, k, gated
+        if shape not in self._plans:
+            self._plans[shape] = plan_product(tokens, n, k, self._launcher.gpu, gated=gated)
+        plan = self._plans[shape]
         if plan is None:
-            self._multiply(source, w.data, residual.data, y.data, tokens, rows, k, gated=gated)
+            self._multiply(source, w.data, residual.data, y, tokens, rows, k, gated=gated)
             return
-        pointers = ProductPointers(w.data, source, y.data, residual.data or 0)
+        pointers = ProductPointers(w.data, source, y, residual.data or 0)
         self._launcher.launch_product(
             plan, self._dtype, pointers, (tokens, n, k), self._memory.stream, gated=gated
         )
@@ -157,14 +148,16 @@ class CudaOperators:
         """A product of many tokens, by cuBLAS."""
         target = self._room("both", tokens * rows * 2) if gated else y
         if residual and residual != y:
-            self._memory.copy(residual, y, tokens * rows * 2)
-        self._product.multiply(x, w, target, tokens, rows, k, add=bool(residual))
+            self._copy(residual, y, tokens * rows * 2)
+        self._launches.append(
+            self._product.multiply(x, w, target, tokens, rows, k, add=bool(residual))
+        )
         if gated:
             n = rows // 2
             blocks = -(-tokens * n // 2 // _THREADS)
             self._queue("swiglu", blocks, _THREADS, target, y, np.int32(n), np.int32(tokens))
 
-    def _rotate(self, call: _Call, _node: dict[str, Any]) -> None:
+    def _rotate(self, call: Call, _node: dict[str, Any]) -> None:
         qkv, cosines, sines, starts = (call.inputs[i] for i in range(4))
         q = call.outputs[0]
         positions, half = cosines.shape
@@ -177,7 +170,7 @@ class CudaOperators:
             for i in (0, 1):
                 old, new = call.inputs[4 + i].data, call.outputs[1 + i].data
                 if old != new:
-                    self._memory.copy(old, new, int(np.prod(past.shape)) * 2)
+                    self._copy(old, new, prod(past.shape) * 2)
             keys, values = call.outputs[1].data, call.outputs[2].data
         numbers = (
             width // (2 * half),
@@ -193,7 +186,7 @@ class CudaOperators:
             starts.data, q.data, keys, values, *map(np.int32, numbers),
         )  # fmt: skip
 
-    def _attention(self, call: _Call, node: dict[str, Any]) -> None:
+    def _attention(self, call: Call, node: dict[str, Any]) -> None:
         q, keys, values, lengths = (call.inputs[i] for i in range(4))
         y = call.outputs[0]
         batch, queries, width = q.shape
@@ -215,7 +208,7 @@ class CudaOperators:
         plan = self._problems[problem]
         workspace = self._room("partial", plan.workspace_bytes) if plan.workspace_bytes else 0
         asked, made = q.data, y.data
-        size = int(np.prod(q.shape)) * 2
+        size = prod(q.shape) * 2
         if queries > 1:
             asked, made = self._room("asked", size), self._room("made", size)
             self._swap(q.data, asked, batch, queries, problem.query_heads, dim)
@@ -228,14 +221,16 @@ class CudaOperators:
         self._queue("swap", batch * a * b, 64, source, target, *map(np.int32, (a, b, dim)))
 
     def _queue(self, name: str, blocks: int, threads: int, *arguments: Any) -> None:  # noqa: ANN401
-        gpu = self._launcher.gpu
         if name not in self._kernels:
-            module = compile_operators(self._dtype == "bfloat16", gpu.compute_capability)
+            capability = self._launcher.gpu.compute_capability
+            module = compile_operators(self._dtype == "bfloat16", capability)
             self._kernels[name] = module.get_kernel(name)
-        config = self._core.LaunchConfig(
-            grid=blocks, block=threads, programmatic_stream_serialization=gpu.has_clusters
-        )
-        self._core.launch(self._stream, config, self._kernels[name], *arguments)
+        settings = self._launcher.settings(blocks, threads, overlap=True)
+        self._launcher.queue(self._memory.stream, settings, self._kernels[name], *arguments)
+
+    def _copy(self, source: int, target: int, size: int) -> None:
+        self._memory.copy(source, target, size)
+        self._launches.append(Copied(target, source, size))
 
     def _room(self, name: str, size: int) -> int:
         """Memory of that name, at least so large; what captured steps use is never given back."""
@@ -252,33 +247,36 @@ class _Products:
     def __init__(self, memory: Memory, dtype: str) -> None:
         self._kind = _KINDS[dtype]
         try:
-            self._cublas = ctypes.CDLL("libcublas.so.13")
+            self.cublas = ctypes.CDLL("libcublas.so.13")
         except OSError as error:
             raise MissingEnvironment(
                 f"cuBLAS does not load ({error}); pip install nvidia-cublas"
             ) from error
         self._handle = ctypes.c_void_p()
-        self._check(self._cublas.cublasCreate_v2(ctypes.byref(self._handle)), "cublasCreate")
+        self._check(self.cublas.cublasCreate_v2(ctypes.byref(self._handle)), "cublasCreate")
+        weakref.finalize(self, self.cublas.cublasDestroy_v2, self._handle)
         stream = ctypes.c_void_p(memory.stream)
-        self._check(self._cublas.cublasSetStream_v2(self._handle, stream), "cublasSetStream")
+        self._check(self.cublas.cublasSetStream_v2(self._handle, stream), "cublasSetStream")
         room = ctypes.c_void_p(memory.allocate(_CUBLAS_BYTES))
         self._check(
-            self._cublas.cublasSetWorkspace_v2(self._handle, room, ctypes.c_size_t(_CUBLAS_BYTES)),
+            self.cublas.cublasSetWorkspace_v2(self._handle, room, ctypes.c_size_t(_CUBLAS_BYTES)),
             "cublasSetWorkspace",
         )
 
     def multiply(
         self, x: int, w: int, y: int, tokens: int, n: int, k: int, *, add: bool = False
-    ) -> None:
+    ) -> Multiplied:
         """Put x [tokens, k] times w [n, k] transposed into y [tokens, n], or add it to that."""
         one, beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if add else 0.0)
         pointer, kind = ctypes.c_void_p, self._kind
-        status = self._cublas.cublasGemmEx(
+        status = self.cublas.cublasGemmEx(
             self._handle, _TRANSPOSED, _PLAIN, n, tokens, k, ctypes.byref(one),
             pointer(w), kind, k, pointer(x), kind, k, ctypes.byref(beta),
             pointer(y), kind, n, _FLOAT32, _DEFAULT,
         )  # fmt: skip
         self._check(status, "cublasGemmEx")
+        assert self._handle.value is not None
+        return Multiplied(self._handle.value, x, w, y, tokens, n, k, kind, add)
 
     def _check(self, status: int, what: str) -> None:
         if status:

@@ -96,10 +96,19 @@ class Inputs:
             for name, at in self.offsets.items()
         }
 
-    def fill(self, input_ids: NDArray[np.int64], starts: NDArray[np.int64], keep: int) -> None:
-        """Put in tokens [B, S] of rows that hold `starts` [B], and how many logits are kept."""
+    def fill(
+        self,
+        input_ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        keep: int,
+        ends: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Put in tokens [B, S] of rows that hold `starts` [B], and how many logits are kept.
+
+        `ends` is what rows hold then; None: S more.
+        """
         self._views[KEEP][:] = keep
         rows, length = input_ids.shape
         self._views["input_ids"][: rows * length] = input_ids.ravel()
         self._views["write_indices"][:rows] = starts
-        self._views["kv_lengths"][:rows] = starts + length
+        self._views["kv_lengths"][:rows] = starts + length if ends is None else ends

@@ -7,7 +7,7 @@ step: one that would write outside its slot fails alone, before anything is comp
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from cla_export.bundle import Bundle
 from cla_export.errors import BadInput
 from cla_export.layout import KVLayout
+
+if TYPE_CHECKING:
+    from cla_export.sampling import Choice
 
 Array = NDArray[np.generic]
 Logits = NDArray[np.float32]
@@ -30,6 +33,11 @@ class Executor(Protocol):
     slots: int
     vocab_size: int
     reads_rows_at_once: bool  # whether several rows of prefill_rows take less time than one by one
+    chunk: int  # tokens of a prompt that one call should have while other rows wait to decode
+
+    @property
+    def chooser(self) -> "TokenChooser | None":
+        """Itself, if it chooses tokens too."""
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int, keep: int = 1) -> Logits:
         """Append a chunk of tokens to a slot that holds `start`; logits [keep, V] of its last."""
@@ -50,11 +58,35 @@ class Executor(Protocol):
         """Give one slot the first `tokens` that another holds, in all groups."""
 
 
+class TokenChooser(Protocol):
+    """An executor that chooses tokens where their logits are, so that these need not be moved.
+
+    Between `begin_decode` and `end_decode` the caller is free, and may prefill and copy: that
+    happens after the step. A step whose tokens nobody wants need not be ended.
+    """
+
+    def begin_decode(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        choices: Sequence["Choice"],
+    ) -> None:
+        """Start a step as `decode` is, and the choice of each row's next token."""
+
+    def end_decode(self) -> list[int | None]:
+        """Those tokens, when they are there; None for a row that is not numbers."""
+
+    def logits_of(self, row: int) -> Logits:
+        """Logits [V] of a row of that step, until the next begins."""
+
+
 class PooledExecutor(ABC):
     """Checks rows and arranges them as a batch; a runtime implements the rest."""
 
     backend: str
     reads_rows_at_once = True
+    chunk = 64
 
     def __init__(self, layout: KVLayout, capacity: int, slots: int, vocab_size: int) -> None:
         if capacity < 1 or slots < 1:
@@ -63,6 +95,10 @@ class PooledExecutor(ABC):
         self.capacity = capacity
         self.slots = slots
         self.vocab_size = vocab_size
+
+    @property
+    def chooser(self) -> TokenChooser | None:
+        return None
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int, keep: int = 1) -> Logits:
         if tokens and not 1 <= keep <= len(tokens):

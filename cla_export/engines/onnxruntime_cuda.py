@@ -1,9 +1,10 @@
 """The ONNX Runtime executor on an NVIDIA GPU: pools on the device, decode as CUDA graphs.
 
-A prompt runs row by row, in chunks, since GroupQueryAttention takes several rows only for decode. A
-decode step over the first rows is captured on its first use, one graph for each number of rows: it
-holds the addresses of pools, inputs and logits, so what changes between steps is only what these
-hold. Greedy tokens are picked on the device and handed from step to step there.
+A prompt runs in chunks, and several short ones in one call; but row by row where attention is
+GroupQueryAttention, which takes several rows only for decode. A decode step over the first rows is
+captured on its first use, one graph for each number of rows: it holds the addresses of pools,
+inputs and logits, so what changes between steps is only what these hold. Tokens are chosen on the
+device, greedy ones are handed from step to step there.
 
 Rules of ONNX Runtime's CUDA provider that this file keeps:
 
@@ -29,17 +30,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cla_export.bundle import CUDA_GRAPH, CUDA_PLUGIN_GRAPH, Bundle
-from cla_export.engines.cuda_memory import CudaMemory, Memory
-from cla_export.engines.cuda_operators import CudaOperators, own_nodes
+from cla_export.engines.cuda_memory import CudaMemory
+from cla_export.engines.cuda_operators import CudaOperators, attends, own_nodes
+from cla_export.engines.device_chooser import DeviceChooser
 from cla_export.engines.device_pools import DevicePools, Inputs
-from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor, capacity_of
+from cla_export.engines.executor import (
+    Array,
+    Cache,
+    Logits,
+    PooledExecutor,
+    TokenChooser,
+    capacity_of,
+)
 from cla_export.errors import BadInput, BundleError, MissingEnvironment, RunError
 from cla_export.plugin import compile_cpu
 from cla_export.rewrite.keep_last_logits import KEEP
+from cla_export.sampling import Choice
 
 TOKENS = "tokens"  # output: the greedy choice of each row of logits
 PROVIDER = "CUDAExecutionProvider"
 _CHUNK = 2048  # prompt tokens of one call
+_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # rows of a step that tokens are chosen for
+_MOST_LOGITS = 128 << 20  # bytes, of prompts that are read together
 _INT64 = 7  # ONNX's numbers of element types
 _TYPES: dict[str, tuple[Any, int]] = {
     "float16": (np.float16, 10),
@@ -70,6 +82,8 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
     """
 
     backend = "onnxruntime"
+    reads_rows_at_once = False
+    chunk = 512  # fewer take as long: a call of so many is bound by what the host does for it
 
     def __init__(
         self,
@@ -87,10 +101,12 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         self._graphs = graphs
         self._dtype, self._kind = _TYPES[bundle.dtype]
         self._device = device
-        self._memory: Memory = CudaMemory(device)
+        self._memory = CudaMemory(device)
+        major, minor = self._memory.compute_capability.split(".")
         self._operators = None
         if library is not None:
             nodes = own_nodes(self.graph)
+            self.reads_rows_at_once = attends(nodes)
             self._operators = CudaOperators(library, self._memory, nodes, bundle.dtype, device)
         self._ort, self._session = _open(self.graph, device, self._memory.stream, graphs, library)
         caches = [f"{group.index}.{p}" for group in self.layout.groups for p in ("key", "value")]
@@ -102,6 +118,9 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         self._inputs_at = self._memory.allocate(self._inputs.size)
         self._keep = np.ones((), np.int64)  # on the host: shapes are computed from it
         self._logits_at = self._memory.allocate(slots * self._row_bytes)
+        self._chooser = DeviceChooser(
+            self._memory, bundle.dtype, self.vocab_size, slots, (int(major), int(minor))
+        )
         self._steps: dict[tuple[int, int], tuple[Any, Any]] = {}  # first, rows -> a bound step
 
     @property
@@ -154,6 +173,50 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
             memory.free(made)
         return chosen.T
 
+    @property
+    def chooser(self) -> TokenChooser:
+        return self
+
+    def begin_decode(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        choices: Sequence[Choice],
+    ) -> None:
+        """As `TokenChooser.begin_decode`. Errors as for `decode`."""
+        first, rows = self._check_decode(slots, tokens, lengths), len(slots)
+        self._chooser.prepare(choices)
+        # Rows that write nothing, and read one place, make up a size that is captured once.
+        idle = self._captured_rows(first, rows) - rows
+        ids = np.array([*tokens, *[0] * idle], np.int64)[:, None]
+        starts = np.array([*lengths, *[self.capacity] * idle], np.int64)
+        ends = starts + 1
+        ends[rows:] = 1
+        self._feed(ids, starts, 1, ends)
+        self._step_at(first, rows + idle)
+        self._chooser.choose(self._logits_at, rows)
+
+    def _captured_rows(self, first: int, rows: int) -> int:
+        """Rows of the step that some rows run in: so there are few sizes to capture.
+
+        Only our own rotation leaves a row alone that says it is full.
+        """
+        if not self.reads_rows_at_once or not self._graphs:
+            return rows
+        wanted = next((size for size in _SIZES if size >= rows), -(-rows // 16) * 16)
+        return min(wanted, self.slots - first)
+
+    def end_decode(self) -> list[int | None]:
+        """As `TokenChooser.end_decode`."""
+        return self._chooser.tokens()
+
+    def logits_of(self, row: int) -> Logits:
+        """As `TokenChooser.logits_of`."""
+        logits = np.empty(self.vocab_size, self._dtype)
+        self._memory.download(self._logits_at + row * self._row_bytes, logits)
+        return logits.astype(np.float32)
+
     def _run(
         self,
         first: int,
@@ -169,13 +232,55 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
             logits = np.empty((rows, 1, self.vocab_size), self._dtype)
             self._memory.download(self._logits_at, logits)
             return logits.astype(np.float32)
-        each = zip(input_ids, starts.tolist(), counts.tolist(), strict=True)
-        return np.stack(
+        if rows == 1:
+            return self._prefill_row(first, input_ids[0], int(starts[0]), keep)[None]
+        longest, kept = int(counts.max()), int(counts.max() - counts.min()) + keep
+        together = rows * longest <= _CHUNK and rows * kept * self._row_bytes <= _MOST_LOGITS
+        if together and self.reads_rows_at_once:
+            ids = input_ids[:, :longest]
+            return self._prefill_together(first, ids, starts, counts, keep, kept)
+        half = rows // 2
+        parts = (slice(0, half), slice(half, rows))
+        return np.concatenate(
             [
-                self._prefill_row(slot, ids[:count], start, min(keep, count))
-                for slot, (ids, start, count) in enumerate(each, first)
+                self._run(
+                    first + part.start,
+                    input_ids[part, : counts[part].max()],
+                    starts[part],
+                    counts[part],
+                    keep,
+                )
+                for part in parts
             ]
         )
+
+    def _prefill_together(
+        self,
+        first: int,
+        input_ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        keep: int,
+        kept: int,
+    ) -> Logits:
+        """Prompts side by side, padded on the right; logits [B, keep, V].
+
+        Their last `kept` places have logits, which are those of each row's last tokens and more.
+        What is behind a row's tokens in its slot is overwritten before anything reads it.
+        """
+        rows, longest = input_ids.shape
+        self._feed(input_ids, starts, kept)
+        logits_at = self._memory.allocate(rows * kept * self._row_bytes)
+        try:
+            binding = self._bind(first, rows, longest, kept, logits_at)
+            self._queue(binding, self._options(_UNCAPTURED))
+            logits = np.empty((rows, keep, self.vocab_size), self._dtype)
+            for row, count in enumerate(counts.tolist()):
+                place = row * kept + kept - keep - (longest - count)
+                self._memory.download(logits_at + place * self._row_bytes, logits[row])
+        finally:
+            self._memory.free(logits_at)
+        return logits.astype(np.float32)
 
     def _prefill_row(
         self, slot: int, tokens: NDArray[np.int64], start: int, keep: int
@@ -246,9 +351,15 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
 
-    def _feed(self, input_ids: NDArray[np.int64], starts: NDArray[np.int64], keep: int) -> None:
+    def _feed(
+        self,
+        input_ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        keep: int,
+        ends: NDArray[np.int64] | None = None,
+    ) -> None:
         self._keep[...] = keep
-        self._inputs.fill(input_ids, starts, keep)
+        self._inputs.fill(input_ids, starts, keep, ends)
         self._memory.upload(self._inputs_at, self._inputs.block)
 
     def _input(self, name: str) -> int:

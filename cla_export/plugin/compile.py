@@ -15,9 +15,11 @@ from typing import Any
 from cla_export.errors import MissingEnvironment
 
 SOURCE = Path(__file__).with_name("cla_attention.cu")
-NUMBERS = Path(__file__).with_name("decode_numbers.cu")  # comes before the next two
+NUMBERS = Path(__file__).with_name("decode_numbers.cu")  # comes before the next three
 OPERATORS = Path(__file__).with_name("decode_ops.cu")
 PRODUCT = Path(__file__).with_name("decode_product.cu")
+CHOICE = Path(__file__).with_name("choose_tokens.cu")
+READER = Path(__file__).with_name("read_memory.cu")
 CACHE = Path.home() / ".cache/cla-export/kernels"
 KERNELS = ("cla_attention", "cla_attention_merge")
 MERGE_WARPS = 8
@@ -118,6 +120,22 @@ def compile_product(
     macros = [("BF16", str(int(bf16))), ("TOKENS", str(tokens)), ("STAGES", str(stages))]
     program = _program_of((NUMBERS, PRODUCT), macros, compute_capability)
     return _compiled(program, cache)
+
+
+def compile_choice(
+    bf16: bool, compute_capability: tuple[int, int], cache: Path | None = CACHE
+) -> Any:  # noqa: ANN401
+    """Machine code of choose_tokens.cu; as `compile_kernel`."""
+    macros = [("BF16", str(int(bf16)))]
+    return _compiled(_program_of((NUMBERS, CHOICE), macros, compute_capability), cache)
+
+
+def compile_reader(
+    threads: int, loads: int, compute_capability: tuple[int, int], cache: Path | None = CACHE
+) -> Any:  # noqa: ANN401
+    """Machine code of read_memory.cu for tiles of threads x loads x 16 bytes; `compile_kernel`."""
+    macros = [("THREADS", str(threads)), ("LOADS", str(loads))]
+    return _compiled(_program_of((READER,), macros, compute_capability), cache)
 
 
 def resources(variant: Variant, compute_capability: tuple[int, int]) -> dict[str, Resources]:

@@ -20,7 +20,7 @@ from cla_export.errors import MissingEnvironment
 
 ATTENTION = Path(__file__).with_name("cla_attention_cpu.c")
 HOST_OPERATORS = Path(__file__).with_name("host_ops.c")
-_HEADER = Path(__file__).with_name("onnxruntime_abi.h")
+_HEADERS = [Path(__file__).with_name(f"{name}.h") for name in ("onnxruntime_abi", "host_launches")]
 CACHE = Path.home() / ".cache/cla-export/kernels"
 OPTIONS = (
     "-std=gnu11",
@@ -100,7 +100,7 @@ def _compile(command: list[str]) -> None:
 
 
 def _key(command: list[str], options: tuple[str, ...], source: Path) -> str:
-    digest = hashlib.sha256(source.read_bytes() + _HEADER.read_bytes())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (source, *_HEADERS)))
     digest.update(repr((command, options, platform.machine(), _processor())).encode())
     return digest.hexdigest()[:16]
 

@@ -1,8 +1,8 @@
 /* Operators of ONNX Runtime's CUDA provider: whoever opened the session launches their kernels.
  *
  * A node's compute function collects the addresses and shapes of its inputs and outputs and hands
- * them to a callback, with the stream. Decode runs as a CUDA graph, so that happens once for each
- * number of rows, and what the host does then costs nothing later.
+ * them to a callback, with the stream. That notes what it launches, so it is asked once for each
+ * number of rows and tokens: see host_launches.h. Decode runs as a CUDA graph besides.
  *
  *   ClaLinear(x, w, norm?, residual?) -> y    norm(x) w^T + residual, or gated: SwiGLU of both
  *   ClaRotate(q, cos, sin, starts) -> q       rotated queries
@@ -12,6 +12,7 @@
  * Each exists in domain cla.float16 and in cla.bfloat16. Attribute `node` tells nodes apart.
  */
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -30,6 +31,7 @@ typedef struct {
   int64_t node;
   int64_t kind;
   void *stream;
+  struct Notes **notes; /* of the node */
   Argument inputs[MAX_INPUTS];
   Argument outputs[MAX_OUTPUTS];
 } HostCall;
@@ -38,6 +40,8 @@ typedef int (*Callback)(const HostCall *call); /* 0: launched */
 static Callback callback;
 
 __attribute__((visibility("default"))) void cla_set_callback(Callback chosen) { callback = chosen; }
+
+#include "host_launches.h"
 
 typedef struct {
   OrtCustomOp op; /* first: ONNX Runtime hands it back */
@@ -48,6 +52,7 @@ typedef struct {
   const OrtApi *api;
   const Operator *op;
   int64_t node, gated;
+  struct Notes *notes;
 } Kernel;
 
 #define TRY(call)                       \
@@ -71,10 +76,10 @@ static OrtStatus *fill(const OrtApi *api, const OrtValue *value, Argument *out) 
 }
 
 static OrtStatus *compute(void *state, OrtContext *context) {
-  const Kernel *kernel = state;
+  Kernel *kernel = state;
   const OrtApi *api = kernel->api;
   const Operator *op = kernel->op;
-  HostCall call = {.node = kernel->node, .kind = op->kind};
+  HostCall call = {.node = kernel->node, .kind = op->kind, .notes = &kernel->notes};
   for (int i = 0; i < op->inputs; i++) {
     const OrtValue *value = NULL;
     TRY(api->KernelContext_GetInput(context, i, &value));
@@ -94,9 +99,11 @@ static OrtStatus *compute(void *state, OrtContext *context) {
     TRY(api->GetTensorMutableData(value, (void **)&out->data));
   }
   TRY(api->KernelContext_GetGPUComputeStream(context, &call.stream));
-  if (!callback || callback(&call))
-    return api->CreateStatus(STATUS_FAIL, "the kernel could not be launched; see the error before");
-  return NULL;
+  int status = cla_run(&call);
+  if (!status) return NULL;
+  char message[80];
+  snprintf(message, sizeof message, "the kernel could not be launched (%d)", status);
+  return api->CreateStatus(STATUS_FAIL, message);
 }
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info,
@@ -136,7 +143,10 @@ static int input_kind(const OrtCustomOp *op, size_t i) {
 static int output_kind(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, REQUIRED; }
 static int memory(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, MEMORY_DEFAULT; }
 static int version(const OrtCustomOp *op) { return (void)op, 1; }
-static void destroy(void *kernel) { free(kernel); }
+static void destroy(void *kernel) {
+  forget(((Kernel *)kernel)->notes);
+  free(kernel);
+}
 
 /* A residual that nobody else reads is where the sum goes. */
 static size_t sum_in_place(int **from, int **to) {

@@ -1,6 +1,7 @@
 """Launch ClaAttention: on raw device pointers and a stream, or on torch CUDA tensors."""
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,27 @@ class ProductPointers:
     residual: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a kernel is launched; the grid is of clusters, where those have several blocks."""
+
+    grid: tuple[int, int, int]
+    threads: int
+    cluster: int
+    shared_bytes: int
+    overlap: bool  # starts while the kernel in front still runs, if that allows it
+    config: Any  # cuda-core's
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A kernel that was queued. Of its arguments, plain integers are addresses."""
+
+    kernel: int
+    settings: Settings
+    arguments: tuple[int | np.generic, ...]
+
+
 class Launcher:
     """Compiled kernels of one GPU (None: the current one), made when a call first needs them."""
 
@@ -64,6 +86,9 @@ class Launcher:
         self._cache = cache
         self._kernels: dict[Variant, tuple[Any, Any]] = {}
         self._products: dict[tuple[int, str], Any] = {}
+        self._settings: dict[tuple[Any, ...], Settings] = {}
+        self.tell: Callable[[Launched], None] | None = None  # of each kernel that was queued
+        self._streams: dict[int, Any] = {}
         properties = self._device.properties
         capability = self._device.compute_capability
         self.gpu = Gpu(
@@ -102,21 +127,21 @@ class Launcher:
         only when every kernel before itself has ended, for the lengths are read at once.
         """
         attention, merge = self.prepare(plan.variant)
-        variant, on = plan.variant, self._core.Stream.from_handle(stream)
+        variant = plan.variant
         shapes = [np.int32(n) for n in (
             problem.batch, problem.kv_heads, problem.group, problem.queries, problem.capacity,
             problem.window, plan.extra,
         )]  # fmt: skip
         sums = pointers.workspace + plan.items * TILE * variant.columns * 4
-        config = self._core.LaunchConfig(
-            grid=plan.grid,
-            cluster=(variant.cluster, 1, 1) if variant.cluster > 1 else None,
-            block=variant.warps * 32,
-            shmem_size=variant.shared_bytes,
-            programmatic_stream_serialization=overlap and self.gpu.has_clusters,
+        settings = self.settings(
+            plan.grid,
+            variant.warps * 32,
+            cluster=variant.cluster,
+            shared_bytes=variant.shared_bytes,
+            overlap=overlap,
         )
-        self._core.launch(
-            on, config, attention, pointers.q, pointers.key_cache, pointers.value_cache,
+        self.queue(
+            stream, settings, attention, pointers.q, pointers.key_cache, pointers.value_cache,
             pointers.kv_lengths, pointers.y, pointers.workspace, sums, *shapes,
             np.int32(plan.ordered), np.float32(problem.scale), np.float32(problem.softcap),
         )  # fmt: skip
@@ -126,13 +151,10 @@ class Launcher:
                 TILE,
                 max(1, MERGE_BLOCKS // (problem.batch * plan.grid[0] * plan.grid[1])),
             )
-            config = self._core.LaunchConfig(
-                grid=(problem.batch, rows, plan.grid[0] * plan.grid[1]),
-                block=MERGE_WARPS * 32,
-                programmatic_stream_serialization=self.gpu.has_clusters,
-            )
-            self._core.launch(
-                on, config, merge, pointers.kv_lengths, pointers.y, pointers.workspace, sums,
+            grid = problem.batch, rows, plan.grid[0] * plan.grid[1]
+            settings = self.settings(grid, MERGE_WARPS * 32, overlap=True)
+            self.queue(
+                stream, settings, merge, pointers.kv_lengths, pointers.y, pointers.workspace, sums,
                 *shapes,
             )  # fmt: skip
 
@@ -162,17 +184,57 @@ class Launcher:
             )
             self._products[key] = module.get_kernel("product")
             self.allow_shared_memory(self._products[key], plan.shared_bytes)
-        config = self._core.LaunchConfig(
-            grid=(1, plan.clusters),  # of clusters
-            cluster=(plan.blocks, 1, 1) if plan.blocks > 1 else None,
-            block=plan.threads,
-            shmem_size=plan.shared_bytes,
-            programmatic_stream_serialization=True,
+        settings = self.settings(
+            (1, plan.clusters),
+            plan.threads,
+            cluster=plan.blocks,
+            shared_bytes=plan.shared_bytes,
+            overlap=True,
         )
-        self._core.launch(
-            self._core.Stream.from_handle(stream), config, self._products[key], pointers.w,
+        self.queue(
+            stream, settings, self._products[key], pointers.w,
             pointers.x, pointers.residual, pointers.y, *map(np.int32, (*shape, gated)),
         )  # fmt: skip
+
+    def queue(
+        self,
+        stream: int,
+        settings: Settings,
+        kernel: Any,  # noqa: ANN401
+        *arguments: int | np.generic,
+    ) -> None:
+        """Queue a kernel on a CUDA stream, given by its handle."""
+        if stream not in self._streams:
+            self._streams[stream] = self._core.Stream.from_handle(stream)
+        self._core.launch(self._streams[stream], settings.config, kernel, *arguments)
+        if self.tell is not None:
+            self.tell(Launched(int(kernel.handle), settings, arguments))
+
+    def settings(
+        self,
+        grid: int | tuple[int, ...],
+        threads: int,
+        *,
+        cluster: int = 1,
+        shared_bytes: int = 0,
+        overlap: bool = False,
+    ) -> Settings:
+        """How a kernel is launched; kept, since making it takes longer than a launch."""
+        key = grid, threads, cluster, shared_bytes, overlap
+        if key not in self._settings:
+            sizes = (grid,) if isinstance(grid, int) else grid
+            overlap = overlap and self.gpu.has_clusters
+            config = self._core.LaunchConfig(
+                grid=grid,
+                cluster=(cluster, 1, 1) if cluster > 1 else None,
+                block=threads,
+                shmem_size=shared_bytes,
+                programmatic_stream_serialization=overlap,
+            )
+            x, y, z = (*sizes, 1, 1)[:3]
+            made = Settings((x, y, z), threads, cluster, shared_bytes, overlap, config)
+            self._settings[key] = made
+        return self._settings[key]
 
     def allow_shared_memory(self, kernel: Any, size: int) -> None:  # noqa: ANN401
         """Blocks get more than 48 KiB only where the kernel is told so."""

@@ -1,6 +1,7 @@
 """Tokens to text as they come, in pieces that are whole characters."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ Decode = Callable[[Sequence[int]], str]
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for bytes that are no character (yet)
 _CONTEXT = 5  # tokens of the prompt: some decoders drop the space in front of what comes first
 _PATIENCE = 32  # tokens that may end within a character before its bytes are taken for wrong
+_REMEMBERED = 2**16  # texts of single tokens, about 100 bytes each
 
 
 class Detokenizer:
@@ -52,9 +54,19 @@ class Detokenizer:
 
 
 def decoder(tokenizer: "Tokenizer", *, skip_special_tokens: bool) -> Decode:
-    """A tokenizer's way from tokens to text."""
+    """A tokenizer's way from tokens to text.
+
+    Texts of single tokens are remembered: `Detokenizer.add` asks for one each time.
+    """
+
+    @lru_cache(_REMEMBERED)
+    def decode_one(token: int) -> str:
+        text: str = tokenizer.decode([token], skip_special_tokens=skip_special_tokens)
+        return text
 
     def decode(tokens: Sequence[int]) -> str:
+        if len(tokens) == 1:
+            return decode_one(tokens[0])
         text: str = tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
         return text
 

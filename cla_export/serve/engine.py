@@ -15,7 +15,7 @@ from cla_export.engines.executor import Executor
 from cla_export.errors import BadInput, ClaExportError
 from cla_export.serve.detokenizer import decoder
 from cla_export.serve.requests import DEAD, SHUTDOWN, STALLED, Failure, Request
-from cla_export.serve.scheduler import CHUNK, Load, Observer, Outputs, Scheduler, SlotView
+from cla_export.serve.scheduler import Load, Observer, Outputs, Scheduler, SlotView
 from cla_export.serve.sequence import Sequence, fits
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Engine:
         deliver: called in the engine's thread with the outputs of a tick. It must not block.
         tokenizer: the model's; None: outputs have no text.
         ends: the model's end tokens.
-        chunk: prompt tokens of one prefill call.
+        chunk: as of `Scheduler`.
         prefill_seconds: as of `Scheduler`.
         limits: of the queue.
         observer: told of steps and ends, in the engine's thread.
@@ -83,13 +83,13 @@ class Engine:
         *,
         tokenizer: "Tokenizer | None" = None,
         ends: frozenset[int] = frozenset(),
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         prefill_seconds: float | None = None,
         limits: Limits | None = None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if chunk < 1:
+        if chunk is not None and chunk < 1:
             raise BadInput(f"chunk is {chunk}; expected at least one token")
         self.executor = executor
         self.limits = limits or Limits()

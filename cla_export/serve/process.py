@@ -173,6 +173,8 @@ def _in_thread(work: Callable[[], Opened]) -> "asyncio.Future[Opened]":
 def _server(door: Door, options: Options) -> "uvicorn.Server":
     import uvicorn
 
+    from cla_export.serve.http_protocol import HttpProtocol
+
     class Server(uvicorn.Server):
         """Leaves signals to us: uvicorn would refuse connections before anybody has noticed."""
 
@@ -182,6 +184,7 @@ def _server(door: Door, options: Options) -> "uvicorn.Server":
 
     config = uvicorn.Config(
         door,
+        http=HttpProtocol,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -7,10 +7,12 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 from cla_export.engines.executor import Executor, Logits
 from cla_export.sampling import choose
+from cla_export.serve.ahead import Ahead, Landed
 from cla_export.serve.prefill_budget import PrefillBudget
 from cla_export.serve.requests import (
     BAD_LOGITS,
@@ -26,8 +28,8 @@ from cla_export.serve.sequence import Sequence
 from cla_export.serve.slots import Slots
 
 Outputs = list[tuple[int, Output]]  # by the sequence's number
+Found = TypeVar("Found")
 
-CHUNK = 64  # prompt tokens of one call, between two steps of the others
 _FATAL = 3  # failed steps after which the executor is given up, if none of their phase succeeds
 _log = logging.getLogger(__name__)
 
@@ -70,7 +72,8 @@ class Scheduler:
     Args:
         executor: owned from now on; what it holds is overwritten.
         clock: seconds; deadlines are by it.
-        chunk: prompt tokens of one call. A slower executor wants fewer: the others wait for it.
+        chunk: prompt tokens of one call, between two steps of the others, who wait for it; None:
+            what is right for the executor.
         prefill_seconds: that prompts may take of each round in which others decode, on average;
             None: one call a round.
         observer: who is told.
@@ -81,12 +84,12 @@ class Scheduler:
         executor: Executor,
         clock: Callable[[], float],
         *,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         prefill_seconds: float | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.executor = executor
-        self.chunk = chunk
+        self.chunk = chunk = executor.chunk if chunk is None else chunk
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []  # one, or several that one call reads
         self.active: list[Sequence] = []  # active[i] is in slot i
@@ -98,6 +101,8 @@ class Scheduler:
         self._observer = observer
         self._failures: Counter[str] = Counter()  # by phase, since a step of it last succeeded
         self._outputs: Outputs = []
+        chooser = executor.chooser
+        self._ahead = None if chooser is None else Ahead(chooser, clock)
 
     @property
     def load(self) -> Load:
@@ -256,6 +261,9 @@ class Scheduler:
 
     def _decode(self) -> None:
         """One token for every active sequence."""
+        if self._ahead is not None:
+            self._decode_ahead(self._ahead)
+            return
         rows = list(self.active)
         if not rows:
             return
@@ -271,35 +279,70 @@ class Scheduler:
                 sequence.length += 1
             self._sample(rows, logits)
 
+    def _decode_ahead(self, ahead: Ahead) -> None:
+        """The tokens of the step begun in the last round; before they are told, the next begins."""
+        landed: dict[Sequence, Landed] = {}
+        rows = frozenset(self.active).intersection(ahead.rows)  # others have left since
+        if rows:
+            end = partial(ahead.end, rows)
+            landed = self._step("decode", list(rows), len(rows), end, ahead.began) or {}
+        failed = None
+        if self.active:
+            try:
+                ahead.begin(self.active, landed)
+            except Exception as error:  # as in `_step`; those that have a token are told it first
+                failed = error
+        tokens = [token for token, _ in landed.values()]
+        self._take(list(landed), tokens, lambda sequence: landed[sequence].logits)
+        if failed is not None:
+            self._fail_step("decode", list(self.active), failed)
+
     def _step(
-        self, phase: str, rows: list[Sequence], tokens: int, run: Callable[[], Logits]
-    ) -> Logits | None:
-        """Run a step; None, and its rows have failed, if the executor raises."""
-        began = self._clock()
+        self,
+        phase: str,
+        rows: list[Sequence],
+        tokens: int,
+        run: Callable[[], Found],
+        began: float | None = None,
+    ) -> Found | None:
+        """Run a step, or its end; None, and its rows have failed, if the executor raises."""
+        began = self._clock() if began is None else began
         try:
-            logits = run()
+            found = run()
         except Exception as error:  # whatever a runtime raises, the others go on
-            _log.exception("a %s step of %d rows failed", phase, len(rows))
-            failure = Failure(STEP_FAILED, f"the {phase} step failed: {error}")
-            for sequence in reversed(rows):
-                self._fail(sequence, failure)
-            self._count_failure(phase, error)
+            self._fail_step(phase, rows, error)
             return None
         del self._failures[phase]
         if self._observer:
             self._observer.stepped(phase, self._clock() - began, len(rows), tokens)
-        return logits
+        return found
+
+    def _fail_step(self, phase: str, rows: list[Sequence], error: Exception) -> None:
+        _log.error("a %s step of %d rows failed", phase, len(rows), exc_info=error)
+        failure = Failure(STEP_FAILED, f"the {phase} step failed: {error}")
+        for sequence in reversed(rows):
+            self._fail(sequence, failure)
+        self._count_failure(phase, error)
 
     def _sample(self, rows: list[Sequence], logits: Logits) -> None:
-        """Choose a token for each row of logits [B, V], tell it, let go of who is done."""
+        """Choose a token for each row of logits [B, V], and take it."""
+        each = dict(zip(rows, logits, strict=True))
+        self._take(rows, choose(logits, [s.sampler for s in rows]), each.get)
+
+    def _take(
+        self,
+        rows: list[Sequence],
+        tokens: list[int | None],
+        logits: Callable[[Sequence], Logits | None],
+    ) -> None:
+        """Note and tell the tokens that were chosen by `logits`; let go of who is done."""
         now = self._clock()
-        tokens = choose(logits, [sequence.sampler for sequence in rows])
         bad = []
-        for sequence, token, row in zip(rows, tokens, logits, strict=True):
+        for sequence, token in zip(rows, tokens, strict=True):
             if token is None:
                 bad.append(sequence)
                 continue
-            sequence.add(token, row)
+            sequence.add(token, logits(sequence))
             self.generated += 1
             sequence.first_token = sequence.first_token or now
             sequence.last_token = now
@@ -338,7 +381,10 @@ class Scheduler:
             hole, last = sequence.slot, self.active.pop()
             if last is not sequence:
                 self.active[hole], last.slot = last, hole
-                self._slots.move(len(self.active), hole, last.length, self._free())
+                length = last.length
+                if self._ahead is not None and last in self._ahead.rows:
+                    length += 1  # that step writes one more
+                self._slots.move(len(self.active), hole, length, self._free())
 
     def _free(self) -> list[int]:
         busy = {sequence.slot for sequence in self.prefilling}
@@ -354,6 +400,8 @@ class Scheduler:
         """End every sequence, with or without those that wait; what slots hold is given up."""
         running = [*self.active, *self.prefilling]
         self.active, self.prefilling = [], []
+        if self._ahead is not None:
+            self._ahead.drop()
         if waiting:
             running += self.waiting
             self.waiting.clear()

@@ -72,11 +72,20 @@ class Sequence:
         for row, at in zip(logits, range(start + 1, len(self.request.prompt)), strict=False):
             self._prompt_logprobs.append(logprob_of(row, self.request.prompt[at], top))
 
-    def add(self, token: int, logits: Logits) -> None:
-        """Take the token that was chosen by logits [V]; sets `finish` if it is the last."""
+    @property
+    def wants_logits(self) -> bool:
+        """Whether `add` needs them."""
+        return self.request.logprobs is not None
+
+    def add(self, token: int, logits: Logits | None) -> None:
+        """Take the token that was chosen by logits [V], if it wants them.
+
+        Sets `finish` if it is the last.
+        """
         self.tokens.append(token)
         self._new.append(token)
         if self.request.logprobs is not None:
+            assert logits is not None
             self._logprobs.append(logprob_of(logits, token, self.request.logprobs))
         if token in self._ends:
             self._end("stop", token if token in self.request.stop_tokens else None)

@@ -17,7 +17,7 @@ from cla_export.serve.chat import find_template
 from cla_export.serve.engine import Deliver, Engine, Limits
 from cla_export.serve.model import ServedModel
 from cla_export.serve.pool import PoolSize, pool_of, size_pool
-from cla_export.serve.scheduler import CHUNK, Observer
+from cla_export.serve.scheduler import Observer
 from cla_export.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Options:
     slots: int | None = None
     kv_memory: int | None = None
     max_len: int | None = None  # tokens of a slot; None: the model's positions
-    chunk: int = CHUNK
+    chunk: int | None = None  # as of `Scheduler`
     prefill_seconds: float | None = None  # as of `Scheduler`
     threads: int | None = None
     name: str | None = None  # that clients call the model; None: the bundle's folder
@@ -94,6 +94,7 @@ def check_options(options: Options) -> None:
         )
     try:
         import fastapi  # noqa: F401
+        import httptools  # noqa: F401
         import jinja2  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401

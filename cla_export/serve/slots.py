@@ -85,9 +85,9 @@ class Slots:
 
     def _common(self, slot: int, wanted: Tokens, tenant: str) -> int:
         """Tokens that a slot holds of a prompt, in whole chunks."""
-        if self._tenant[slot] != tenant:
-            return 0
         size = min(len(wanted), len(self.held[slot]))
+        if self._tenant[slot] != tenant or size < self._chunk:
+            return 0
         differ = np.flatnonzero(wanted[:size] != self.held[slot][:size])
         return self._whole(int(differ[0]) if len(differ) else size)
 

@@ -18,18 +18,24 @@ class Group:
 
     def __init__(self, streams: "Streams", count: int) -> None:
         self.numbers: list[int] = []
-        self.arrived: asyncio.Queue[Indexed] = asyncio.Queue()
         self._streams = streams
         self._open = count
+        self._arrived: list[Indexed] = []
+        self._reader: asyncio.Future[None] | None = None  # who waits for something to arrive
+
+    def put(self, index: int, output: Output) -> None:
+        """Take what a sequence has given."""
+        self._arrived.append((index, output))
+        self._open -= output.last
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     async def read(self) -> list[Indexed]:
         """All that has come, at least one output; empty once every sequence has ended."""
-        if not self._open:
-            return []
-        found = [await self.arrived.get()]
-        while not self.arrived.empty():
-            found.append(self.arrived.get_nowait())
-        self._open -= sum(output.last for _, output in found)
+        if not self._arrived and self._open:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        found, self._arrived = self._arrived, []
         return found
 
     async def __aiter__(self) -> AsyncIterator[Indexed]:
@@ -89,6 +95,6 @@ class Streams:
             if found is None:
                 continue  # failed here already
             group, index = found
-            group.arrived.put_nowait((index, output))
+            group.put(index, output)
             if output.last:
                 del self._waiting[number]

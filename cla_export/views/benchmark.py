@@ -10,6 +10,7 @@ from cla_export.errors import BadInput, MissingEnvironment
 
 _FORMATS = (".png", ".svg", ".pdf")
 _TITLES = ("batch", "context", "ms", "p10 to p90", "tokens/s", "of floor", "peak MiB")
+_ON_GPU = "GPU MiB"
 _COLORS = ("#c2410c", "#1e6091", "#2a9d8f", "#6d597a", "#577590", "#9c6644")
 _NOTE = "#52606d"
 
@@ -24,26 +25,29 @@ def render(found: Bench, console: Console) -> None:
     for note in (*_where(found), *_floor(found)):
         line(f"  {note}")
     line("")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    titles = _titles(found)
+    gap = 2 if titles == _TITLES else 1  # one column more
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     table.add_column("phase")
-    for title in _TITLES:
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for row in found.rows:
-        table.add_row(row.phase, *_cells(row))
+        table.add_row(row.phase, *_cells(row)[: len(titles)])
     console.print(table)
 
 
 def markdown(found: Bench) -> str:
     """The same as Markdown, with date, machine and command above the table."""
+    titles = _titles(found)
     command = () if found.command is None else (f"`{found.command}`",)
     lines = [
         "; ".join((found.date, *_where(found), *command)),
         "",
         "; ".join((f"{Path(found.bundle).name}: {_what(found)}", *_floor(found))),
         "",
-        f"| phase | {' | '.join(_TITLES)} |",
-        f"|---|{'---:|' * len(_TITLES)}",
-        *(f"| {' | '.join((row.phase, *_cells(row)))} |" for row in found.rows),
+        f"| phase | {' | '.join(titles)} |",
+        f"|---|{'---:|' * len(titles)}",
+        *(f"| {' | '.join((row.phase, *_cells(row)[: len(titles)]))} |" for row in found.rows),
     ]
     return "\n".join(lines) + "\n"
 
@@ -114,17 +118,28 @@ def plot(found: Bench, file: Path) -> None:
     figure.savefig(file)
 
 
+def _titles(found: Bench) -> tuple[str, ...]:
+    on_gpu = any(row.peak_device_bytes is not None for row in found.rows)
+    return (*_TITLES, _ON_GPU) if on_gpu else _TITLES
+
+
 def _cells(row: Row) -> tuple[str, ...]:
-    """What stands under `_TITLES`."""
+    """What stands under `_TITLES`, and a GPU's memory."""
+    device = row.peak_device_bytes
     return (
         f"{row.batch:,}",
         f"{row.context:,}",
-        f"{row.ms_per_step:,.2f}",
-        f"{row.ms_p10:,.2f} to {row.ms_p90:,.2f}",
+        _ms(row.ms_per_step),
+        f"{_ms(row.ms_p10)} to {_ms(row.ms_p90)}",
         f"{row.tokens_per_s:,.0f}",
         "-" if row.floor_share is None else f"{row.floor_share:.0%}",
         f"{row.peak_rss_bytes / 2**20:,.0f}",
+        "-" if device is None else f"{device / 2**20:,.0f}",
     )
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:,.{3 if milliseconds < 1 else 2}f}"
 
 
 def _what(found: Bench) -> str:
@@ -132,21 +147,26 @@ def _what(found: Bench) -> str:
 
 
 def _where(found: Bench) -> tuple[str, str]:
-    """The processor, and what ran on it."""
-    machine, version = found.machine, found.tools[found.backend]
+    """The processor or GPU, and what ran on it."""
+    machine, ran = found.machine, f"{found.backend} {found.tools[found.backend]}"
+    if "gpu" in machine:
+        host = f"{machine['processor']}, {machine['cpus']} CPUs"
+        return f"{machine['gpu']}, driver {machine['driver']}", f"{ran}; host: {host}"
     threads = "its own choice" if machine["threads"] is None else machine["threads"]
-    return (
-        str(machine["processor"]),
-        f"{found.backend} {version}; threads: {threads}, of {machine['cpus']} CPUs",
-    )
+    return str(machine["processor"]), f"{ran}; threads: {threads}, of {machine['cpus']} CPUs"
 
 
 def _floor(found: Bench) -> tuple[str, ...]:
     """What the floor is made of, where there is one."""
     if found.bandwidth_bytes_per_s is None or found.weight_bytes is None:
         return ()
+    rate = found.bandwidth_bytes_per_s / 1e9
+    count = found.machine["threads"] or found.machine["cpus"]
+    readers = f"{count} thread{'' if count == 1 else 's'}"
+    if "gpu" in found.machine:
+        readers = "a reading kernel"
     return (
         f"a step reads {found.weight_bytes / 2**20:,.1f} MiB of weights, and the keys and values "
         "of its rows",
-        f"memory delivers {found.bandwidth_bytes_per_s / 1e9:,.1f} GB/s: the floor under its time",
+        f"memory delivers {rate:,.1f} GB/s to {readers}: the floor under its time",
     )

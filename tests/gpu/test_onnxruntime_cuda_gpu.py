@@ -105,6 +105,25 @@ def test_rows_of_a_wide_batch(zoo: Zoo, dtype: str) -> None:
         assert off < (2e-2 if dtype == "bf16" else 3e-3), rows
 
 
+def test_prompts_of_different_lengths(zoo: Zoo, dtype: str, stock: bool) -> None:
+    """Read together they give what each gives alone, and so does what follows them."""
+    bundle = zoo.bundle("onnxruntime", dtype, **PLAIN)
+    executor = opened(bundle, stock=stock, slots=9)
+    assert executor.reads_rows_at_once == (not stock)
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 61, n).tolist() for n in (7, 1, 30, 12, 2, 19, 30, 3)]
+    together = executor.prefill_rows(1, prompts)
+    after = executor.decode(range(1, 9), [5] * 8, [len(p) for p in prompts])
+    alone = OnnxRuntimeCudaExecutor(bundle, capacity=64, slots=1, stock=stock)
+    for row, prompt in enumerate(prompts):
+        for made, expected in (
+            (together[row], alone.prefill(0, prompt, 0)[0]),
+            (after[row], alone.decode([0], [5], [len(prompt)])[0]),
+        ):
+            off = np.abs(made - expected).max() / np.abs(expected).max()
+            assert off < (2e-2 if dtype == "bf16" else 3e-3), (row, off)
+
+
 def test_a_step_over_other_slots(zoo: Zoo, stock: bool) -> None:
     bundle = zoo.bundle("onnxruntime", "fp16", **PLAIN)
     executor = opened(bundle, stock=stock, slots=4)

@@ -4,13 +4,15 @@ Its cache is the tokens themselves: a copy that is wrong, or a length, gives oth
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cla_export.draw import Scratch
 from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
 from cla_export.layout import KVLayout
+from cla_export.sampling import Choice, pick_by
 
 VOCAB = 50
 
@@ -67,6 +69,41 @@ class FakeExecutor(PooledExecutor):
                 for row in rows
             ]
         )
+
+
+class FakeDevice(FakeExecutor):
+    """One that chooses tokens itself, and gives them when it is asked."""
+
+    def __init__(self, slots: int = 4, capacity: int = 64, vocab: int = VOCAB) -> None:
+        super().__init__(slots, capacity, vocab)
+        self._logits = np.empty((0, vocab), np.float32)
+        self._chosen: list[int | None] | None = None
+
+    @property
+    def chooser(self) -> "FakeDevice":
+        return self
+
+    def begin_decode(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        choices: Sequence[Choice],
+    ) -> None:
+        self._chosen = None
+        self._logits = self.decode(slots, tokens, lengths)
+        self._chosen = [
+            pick_by(choice, row, Scratch(self.vocab_size)) if np.isfinite(row.max()) else None
+            for choice, row in zip(choices, self._logits, strict=True)
+        ]
+
+    def end_decode(self) -> list[int | None]:
+        assert self._chosen is not None, "no step was begun, or its tokens were taken"
+        chosen, self._chosen = self._chosen, None
+        return chosen
+
+    def logits_of(self, row: int) -> Logits:
+        return self._logits[row]
 
 
 def expected(prompt: list[int], count: int) -> list[int]:

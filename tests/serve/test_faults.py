@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from itertools import product
 
 import httpx
 import numpy as np
 import openai
 import pytest
-from fake import FakeExecutor, expected
+from fake import FakeDevice, FakeExecutor, expected
 from running import (
     PATIENCE,
     ServerProcess,
@@ -37,8 +38,11 @@ from cla_export.serve.server import Options, check_options, open_model
 SLOW = 0.02  # seconds of a slow executor's step
 
 
-def slow(slots=2, capacity=200, seconds=SLOW):
-    executor = FakeExecutor(slots, capacity)
+both_kinds = pytest.mark.parametrize("kind", [FakeExecutor, FakeDevice])
+
+
+def slow(slots=2, capacity=200, seconds=SLOW, kind=FakeExecutor):
+    executor = kind(slots, capacity)
     executor.before = lambda _rows: time.sleep(seconds)
     return executor
 
@@ -146,10 +150,15 @@ def connect(url, **body):
     return connection
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("when", ["at once", "waiting", "decoding"])
-def test_clients_that_leave_free_their_slots(tmp_path, stream, when):
-    with application(slow(4, 20_000, 0.001), tmp_path) as (url, engine):
+@pytest.mark.parametrize(
+    ("kind", "stream", "when"),
+    [
+        *product([FakeExecutor], [True, False], ["at once", "waiting", "decoding"]),
+        (FakeDevice, True, "decoding"),
+    ],
+)
+def test_clients_that_leave_free_their_slots(tmp_path, kind, stream, when):
+    with application(slow(4, 20_000, 0.001, kind), tmp_path) as (url, engine):
         for _ in range(5):
             with connect(url, stream=stream, n=6, max_tokens=19_000):
                 if when != "at once":
@@ -196,8 +205,9 @@ def test_a_clock_that_jumps_ends_nothing(tmp_path, monkeypatch):
         assert tokens_of(ask(url)) == expected([1, 2, 3], 5)
 
 
-def test_rows_without_numbers_fail_alone(tmp_path):
-    executor = slow(slots=4, seconds=0.005)
+@both_kinds
+def test_rows_without_numbers_fail_alone(tmp_path, kind):
+    executor = slow(slots=4, seconds=0.005, kind=kind)
     executor.change = lambda tokens, logits: (
         np.full_like(logits, np.nan) if tokens[0] == 13 and len(tokens) > 5 else logits
     )
@@ -209,8 +219,9 @@ def test_rows_without_numbers_fail_alone(tmp_path):
             assert tokens_of(answer) == expected([10 + i, 1], 20)
 
 
-def test_an_executor_that_raises_once_and_then_for_good(tmp_path):
-    executor = FakeExecutor(2)
+@both_kinds
+def test_an_executor_that_raises_once_and_then_for_good(tmp_path, kind):
+    executor = kind(2)
     with application(executor, tmp_path) as (url, _):
 
         def fail(_rows):

@@ -1,12 +1,13 @@
 """OpenAI's own client against the real server."""
 
 import json
+import socket
 
 import httpx
 import numpy as np
 import openai
 import pytest
-from running import ServerProcess, metrics, running, wait_until
+from running import PATIENCE, ServerProcess, metrics, running, wait_until
 
 import cla_export
 from cla_export.generation import LoadedModel
@@ -41,6 +42,11 @@ def http(server):
 @pytest.fixture(scope="module")
 def model(demo_bundle) -> LoadedModel:
     return cla_export.load(demo_bundle, threads=1)
+
+
+def connection(server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=PATIENCE)
 
 
 def test_completions_are_what_generate_gives(client, model):
@@ -337,6 +343,34 @@ def test_bodies_that_are_too_long(http):
         got = http.post("/v1/completions", content=content)
         assert got.status_code == 413
         assert got.json()["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"GET /",
+        b"GET /health HTTP/1.1\r\nhost: x\r\nx-long: ",
+        b"POST /tokenize HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx-end: ",
+    ],
+    ids=["path", "header", "trailer"],
+)
+def test_a_head_without_an_end(server, start):
+    """Whatever reads it, it does not keep it all."""
+    with connection(server) as client:
+        client.sendall(start)
+        with pytest.raises(ConnectionError):
+            client.sendall(b"a" * 2**26)
+
+
+def test_a_body_of_many_pieces(server):
+    """What stands between them is more than a head may be."""
+    content = json.dumps({"prompt": "And"}).encode() + b" " * 15_000
+    pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in content)
+    head = f"POST /tokenize HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEYS[0]}\r\n"
+    head += "content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    with connection(server) as client:
+        client.sendall(head.encode() + pieces + b"0\r\n\r\n")
+        assert client.recv(65_536).startswith(b"HTTP/1.1 200 ")
 
 
 def test_head_is_get_without_a_body(http):

@@ -2,16 +2,18 @@
 
 import numpy as np
 import pytest
-from fake import VOCAB, FakeExecutor, expected
+from fake import VOCAB, FakeDevice, FakeExecutor, expected, logits_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cla_export.sampling import SamplingParams
+from cla_export.serve.logprobs import logprob_of
 from cla_export.serve.requests import Output, Request
 from cla_export.serve.scheduler import Scheduler
 from cla_export.serve.sequence import Sequence, fits
 
 CHUNK = 4
+both_kinds = pytest.mark.parametrize("kind", [FakeExecutor, FakeDevice])
 
 
 class Bench:
@@ -89,6 +91,7 @@ requests = st.builds(
 )
 
 
+@both_kinds
 @settings(max_examples=60, deadline=None)
 @given(
     plan=st.lists(
@@ -96,8 +99,8 @@ requests = st.builds(
     ),
     slots=st.integers(1, 4),
 )
-def test_sequences_give_what_they_give_alone(plan, slots):
-    bench = Bench(FakeExecutor(slots))
+def test_sequences_give_what_they_give_alone(kind, plan, slots):
+    bench = Bench(kind(slots))
     arrivals = sorted(range(len(plan)), key=lambda i: plan[i][1])
     cancel_at: dict[int, int] = {}
     wanted: dict[int, Request] = {}
@@ -124,8 +127,9 @@ def test_sequences_give_what_they_give_alone(plan, slots):
     assert bench.scheduler.load.decoding == bench.scheduler.load.prefilling == 0
 
 
-def test_greedy_tokens_are_the_likeliest():
-    bench = Bench()
+@both_kinds
+def test_greedy_tokens_are_the_likeliest(kind):
+    bench = Bench(kind())
     asked = [Request(prompt(3 + 5 * i, i), 10) for i in range(7)]
     for request, output in zip(asked, bench.run(*asked), strict=True):
         assert list(output.tokens) == expected(list(request.prompt), 10)
@@ -273,8 +277,9 @@ def test_the_slot_used_longest_ago_is_given_up(slots):
     assert first.finish.cached_tokens == 0
 
 
-def test_cancelled_sequences_leave_before_the_next_step():
-    bench = Bench()
+@both_kinds
+def test_cancelled_sequences_leave_before_the_next_step(kind):
+    bench = Bench(kind())
     numbers = [bench.add(Request(prompt(3, i), 40, stream=True)) for i in range(6)]
     for _ in range(8):
         bench.tick()
@@ -286,9 +291,10 @@ def test_cancelled_sequences_leave_before_the_next_step():
     assert {outputs[-1].failure.kind for outputs in bench.outputs.values()} == {"cancelled"}
 
 
+@both_kinds
 @pytest.mark.parametrize("when", ["waiting", "prefilling", "decoding"])
-def test_deadlines(when):
-    bench = Bench(FakeExecutor(slots=1))
+def test_deadlines(kind, when):
+    bench = Bench(kind(slots=1))
     if when == "waiting":
         bench.add(Request(prompt(3), 50))
         bench.tick()
@@ -301,8 +307,9 @@ def test_deadlines(when):
     assert not bench.scheduler.prefilling
 
 
-def test_rows_without_numbers_fail_alone():
-    executor, bad = FakeExecutor(), prompt(5, 1)
+@both_kinds
+def test_rows_without_numbers_fail_alone(kind):
+    executor, bad = kind(), prompt(5, 1)
     executor.change = lambda tokens, logits: (
         np.full_like(logits, np.nan) if tokens[:5] == list(bad) and len(tokens) > 8 else logits
     )
@@ -315,16 +322,17 @@ def test_rows_without_numbers_fail_alone():
         assert list(output.tokens) == expected(list(request.prompt), 12)
 
 
+@both_kinds
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_one_number_is_enough(value):
-    executor = FakeExecutor()
+def test_one_number_is_enough(kind, value):
+    executor = kind()
 
     def spoil(_tokens, logits):
         logits[7 if np.isnan(value) or value > 0 else slice(None)] = value
         return logits
 
     executor.change = spoil
-    (output,) = Bench(executor).run(Request(prompt(3), 2, SamplingParams(temperature=1.0)))
+    (output,) = Bench(executor).run(Request(prompt(3), 3, SamplingParams(temperature=1.0)))
     assert output.failure.kind == "bad_logits"
 
 
@@ -336,8 +344,9 @@ def fail_when(condition):
     return before
 
 
-def test_a_step_that_raises_fails_its_rows_and_the_pool_goes_on():
-    bench = Bench()
+@both_kinds
+def test_a_step_that_raises_fails_its_rows_and_the_pool_goes_on(kind):
+    bench = Bench(kind())
     numbers = [bench.add(Request(prompt(3, i), 12)) for i in range(6)]
     for _ in range(4):
         bench.tick()
@@ -354,15 +363,17 @@ def test_a_step_that_raises_fails_its_rows_and_the_pool_goes_on():
     assert not bench.scheduler.dead
 
 
-def test_a_prompt_that_raises_fails_alone():
-    bench = Bench()
+@both_kinds
+def test_a_prompt_that_raises_fails_alone(kind):
+    bench = Bench(kind())
     bench.executor.before = fail_when(lambda rows: rows[0][:3] == list(prompt(3, 1)))
     outputs = bench.run(*(Request(prompt(3, i), 6) for i in range(3)))
     assert [output.failure is None for output in outputs] == [True, False, True]
 
 
-def test_three_failed_steps_in_a_row_are_the_end():
-    bench = Bench()
+@both_kinds
+def test_three_failed_steps_in_a_row_are_the_end(kind):
+    bench = Bench(kind())
     bench.executor.before = fail_when(lambda rows: True)
     numbers = [bench.add(Request(prompt(3, i), 6)) for i in range(6)]
     for _ in range(3):
@@ -455,7 +466,35 @@ def test_requests_that_cannot_be_run(request_, reason):
     assert reason in fits(request_, 64, VOCAB)
 
 
-def test_a_full_slot_can_be_used_to_its_last_place():
+@both_kinds
+def test_a_full_slot_can_be_used_to_its_last_place(kind):
     text = prompt(20)
-    (output,) = Bench().run(Request(text, 44))
+    (output,) = Bench(kind()).run(Request(text, 44))
     assert list(output.tokens) == expected(list(text), 44)
+
+
+def test_the_next_step_is_begun_before_tokens_are_told():
+    """On a device, which works while tokens become text; what ended meanwhile is dropped."""
+    bench = Bench(FakeDevice())
+    first, second = bench.add(Request(prompt(3), 3)), bench.add(Request(prompt(3, 1), 6))
+    steps = []
+    while bench.scheduler.busy:
+        bench.tick()
+        steps.append((len(bench.executor.calls), len(bench.tokens(second))))
+    assert bench.tokens(first) == expected(list(prompt(3)), 3)
+    assert bench.tokens(second) == expected(list(prompt(3, 1)), 6)
+    begun = [starts for _, starts, counts in bench.executor.calls if counts != [3]]
+    assert begun[:2] == [[3], [4, 3]], "the second joins the step after its prompt was read"
+    assert max(starts[-1] for starts in begun) == 3 + 5, "one step more than its tokens need"
+
+
+@both_kinds
+def test_logprobs_are_of_the_step_that_chose_the_token(kind):
+    bench = Bench(kind())
+    asked = [Request(prompt(3, i), 5, logprobs=2 if i else None) for i in range(3)]
+    for request, output in zip(asked, bench.run(*asked), strict=True):
+        seen = list(request.prompt)
+        for token, logprob in zip(output.tokens, output.logprobs, strict=False):
+            assert logprob == logprob_of(logits_after(seen), token, 2)
+            seen.append(token)
+        assert len(output.logprobs) == (5 if request.logprobs else 0)

@@ -16,7 +16,16 @@ from models_zoo import MIXED, Zoo
 from rich.console import Console
 
 import cla_export
-from cla_export.benchmark import Bench, Comparison, Row, compare, measure, read_bench, timing
+from cla_export.benchmark import (
+    Bench,
+    Comparison,
+    Row,
+    compare,
+    measure,
+    places,
+    read_bench,
+    timing,
+)
 from cla_export.benchmark.cells import Cell
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor, graph_of
 from cla_export.errors import BadInput, MissingEnvironment
@@ -35,13 +44,13 @@ ROPE = 2 * 8 * 4  # bytes of a token's cosines and sines
 
 @pytest.fixture(autouse=True)
 def _bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "read_bandwidth", lambda _threads: BANDWIDTH)
+    monkeypatch.setattr(places, "read_bandwidth", lambda _threads: BANDWIDTH)
 
 
 @pytest.fixture(scope="module")
 def measured(zoo: Zoo) -> Bench:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "read_bandwidth", lambda _threads: BANDWIDTH)
+        patch.setattr(places, "read_bandwidth", lambda _threads: BANDWIDTH)
         return cla_export.bench(
             zoo.bundle(**TINY), batches=(1, 2), contexts=(8, 16), steps=3, prompt=100, threads=1
         )
