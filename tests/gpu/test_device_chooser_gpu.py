@@ -51,8 +51,7 @@ def memory() -> CudaMemory:
 
 
 def chooser_of(memory: CudaMemory, dtype: str, vocab: int) -> DeviceChooser:
-    major, minor = memory.compute_capability.split(".")
-    return DeviceChooser(memory, dtype, vocab, ROWS, (int(major), int(minor)))
+    return DeviceChooser(memory, dtype, vocab, ROWS)
 
 
 def chosen(memory: CudaMemory, dtype: str, logits: np.ndarray, choices: list) -> list[int | None]:
