@@ -13,7 +13,7 @@ from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.cuda_memory import CudaMemory
 from cla_export.engines.device_chooser import DeviceChooser
 from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
-from cla_export.errors import MissingEnvironment, RunError
+from cla_export.errors import RunError
 from cla_export.sampling import Sampler, SamplingParams, choose, pick_by
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -40,14 +40,6 @@ WAYS = {
 }
 # Two tokens finish a race within the rounding of an exponential or a sum in about one of 100,000.
 AGREE = 0.99
-
-
-@pytest.fixture
-def memory() -> CudaMemory:
-    try:
-        return CudaMemory()
-    except MissingEnvironment as error:
-        pytest.skip(str(error))
 
 
 def chooser_of(memory: CudaMemory, dtype: str, vocab: int) -> DeviceChooser:
