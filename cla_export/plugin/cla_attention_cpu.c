@@ -10,8 +10,9 @@
  *   lanes  row r of a tile is lane r of a vector: every key element times a vector of queries
  *   dots   few rows: a vector along the head dim for each key and row, then a transposing sum
  *
- * What a loop reads from memory it fetches itself, a little ahead and evenly: a line between some
- * multiplications, since a burst of fetches holds up the loads behind it.
+ * What a loop reads from memory it fetches itself, a little ahead, evenly and in the order of memory:
+ * a line between some multiplications, since a burst of fetches holds up the loads behind it, and
+ * one stream, since a processor that sees several follows each of them less far.
  *
  * A cache may be int8, with a scale for each key/value head and channel. The queries take the keys'
  * scales and the output the values', so that its numbers are only made float, where they are loaded
@@ -185,7 +186,7 @@ INLINE vec sum_each(vec v[LANES]) {
         int column = c + LANES <= dim ? c : dim - LANES;                                           \
         for (int j = 0; j < AT_ONCE; j++) {                                                        \
           x[j] = LOAD(row[j] + column);                                                            \
-          fetch(row[j] + column + AHEAD);                                                          \
+          fetch(k + (size_t)t * dim + c * AT_ONCE + j * LANES + AHEAD);                            \
         }                                                                                          \
         for (int r = 0; r < STRIDE; r++) {                                                         \
           vec y = load(q + r * LANES);                                                             \
