@@ -76,9 +76,8 @@ class Reader:
     def __init__(self, memory: CudaMemory) -> None:
         self._core = importlib.import_module("cuda.core")
         self._stream = self._core.Stream.from_handle(memory.stream)
-        major, minor = map(int, memory.compute_capability.split("."))
         try:
-            code = compile_reader(_THREADS, _LOADS, (major, minor))
+            code = compile_reader(_THREADS, _LOADS, memory.capability)
         except Exception as error:  # cuda-core's own
             raise MissingEnvironment(
                 f"the kernel that measures a GPU's bandwidth does not compile: {error}; "

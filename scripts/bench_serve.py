@@ -18,12 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from provenance import heading, provenance
 from random_model import SHAPE, add_shape_options, config_of, make_model
 from thread_time import thread_seconds
@@ -39,6 +40,7 @@ from cla_export.serve.requests import Output, Request
 from cla_export.serve.scheduler import Outputs
 from cla_export.tokenizer import load_tokenizer
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROMPT, NEW = 64, 96  # tokens of each request
 WARM = 3
 _STEPS = 'cla_export_step_seconds_count{phase="decode"}'
@@ -126,14 +128,20 @@ def measure(bundle: Bundle, slots: int, sampled: bool, threads: int | None, http
     engine = Engine(watched, deliver, tokenizer=load_tokenizer(bundle.folder))
     engine.start()
     asked = requests(bundle, 2 * slots, sampled)
+
+    def answer(questions: list[Request]) -> None:
+        engine.submit(questions)
+        left = len(questions)
+        while left:
+            _, output = arrived.get()
+            assert output.failure is None, output.failure
+            left -= output.last
+
+    answer([replace(request, max_tokens=4) for request in asked])  # captures steps on a GPU
+    watched.steps.clear()
     clock = time.process_time if threads == 1 else time.perf_counter
     began = clock()
-    engine.submit(asked)
-    left = len(asked)
-    while left:
-        _, output = arrived.get()
-        assert output.failure is None, output.failure
-        left -= output.last
+    answer(asked)
     seconds = clock() - began
     engine.stop()
     found = serve_http(bundle, slots, sampled, threads) if http else (None, None)
@@ -265,6 +273,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="a bundle, in place of a random model")
     parser.add_argument("--slots", default="1,8,16")
     parser.add_argument("--factor", type=int, default=2, help="layers that share a cache")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="16 bits for a GPU")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--greedy-only", action="store_true")
     parser.add_argument("--no-http", action="store_true")
@@ -275,8 +284,9 @@ def main() -> None:
         folder = given.bundle
         if folder is None:
             folder = Path(work) / "bundle"
-            make_model(Path(work) / "model", config_of(given, given.factor, 1024))
-            cla_export.export(Path(work) / "model", folder)
+            config = config_of(given, given.factor, 1024)
+            make_model(Path(work) / "model", config, DTYPES[given.dtype])
+            cla_export.export(Path(work) / "model", folder, dtype=given.dtype)
         bundle = open_bundle(folder)
         rows = [
             measure(bundle, slots, sampled, given.threads, not given.no_http)
@@ -284,7 +294,7 @@ def main() -> None:
             for slots in map(int, given.slots.split(","))
         ]
     head = provenance(given.threads or cpus())
-    print(heading(head))
+    print(heading(head, bundle.dtype))
     shape = given.bundle or {name: getattr(given, name) for name in SHAPE}
     print(f"Prompts of {PROMPT} tokens, {NEW} new ones; {shape}\n")
     print(table(rows))

@@ -27,16 +27,17 @@ def versions() -> dict[str, str]:
     """Of what takes part and is installed."""
     found = {}
     for name in TOOLS:
+        loaded = sys.modules.get(name.replace("-", "_"))
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
+            found[name] = str(getattr(loaded, "__version__", "")) or version(name)
     return found
 
 
-def heading(run: Mapping[str, Any]) -> str:
-    """The same as a paragraph of Markdown."""
+def heading(run: Mapping[str, Any], dtype: str = "float32") -> str:
+    """The same as a paragraph of Markdown; `dtype` is the weights' and caches'."""
     place = run["machine"]
     tools = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     return (
         f"{run['date']}, {place['processor']}, {place['threads']} of {place['cpus']} CPUs; "
-        f"{tools}; float32. `{run['command']}`\n"
+        f"{tools}; {dtype}. `{run['command']}`\n"
     )

@@ -6,7 +6,8 @@ ALL = 80 << 30  # bytes of memory
 class Gpu:
     """Allocations are numbers alone; what is freed is held until `trim`."""
 
-    name, stream, compute_capability, multiprocessors = "NVIDIA H200", 7, "9.0", 132
+    name, stream, multiprocessors = "NVIDIA H200", 7, 132
+    compute_capability, capability = "9.0", (9, 0)
 
     def __init__(self) -> None:
         self.used, self.held = 1 << 30, 0

@@ -12,16 +12,19 @@ are. What TensorRT's documentation forbids is an AssertionError here:
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 
 from cla_export.bundle import Bundle
+from cla_export.draw import Scratch
 from cla_export.engines.tensorrt_build import Built
 from cla_export.engines.tensorrt_runtime import Loaded
 from cla_export.layout import KVLayout
+from cla_export.sampling import Choice, pick_by
 
 STREAM = 77
 ACTIVATIONS = 4096
@@ -34,9 +37,30 @@ def simulate(portable: Bundle, **changes) -> Callable[[Bundle, Built], Loaded]:
     def load(_: Bundle, built: Built) -> Loaded:
         memory = SimulatedMemory()
         engine = SimulatedEngine(portable, built, memory, **changes)
-        return Loaded(engine, engine.new_context, memory)
+        return Loaded(engine, engine.new_context, memory, partial(SimulatedChooser, memory))
 
     return load
+
+
+class SimulatedChooser:
+    """What stands for `DeviceChooser`: it looks at the logits when tokens are asked for."""
+
+    def __init__(self, memory: "SimulatedMemory", dtype: str, vocab: int, rows: int) -> None:
+        self.memory, self.dtype, self.vocab, self.rows = memory, np.dtype(dtype), vocab, rows
+
+    def prepare(self, choices: Sequence[Choice]) -> None:
+        self.choices = list(choices)
+
+    def choose(self, logits: int, rows: int) -> None:
+        assert len(self.choices) == rows <= self.rows
+        found = self.memory.at(logits, (rows, self.vocab), self.dtype).astype(np.float32)
+        self.chosen: list[int | None] = [
+            pick_by(choice, row, Scratch(self.vocab))
+            for choice, row in zip(self.choices, found, strict=True)
+        ]
+
+    def tokens(self) -> list[int | None]:
+        return self.chosen
 
 
 class SimulatedMemory:

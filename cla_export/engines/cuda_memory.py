@@ -63,6 +63,7 @@ class CudaMemory:
         except Exception as error:  # cuda-core's own, for a missing driver and a missing GPU alike
             raise MissingEnvironment(f"no GPU to run on: {error}") from error
         capability = self._device.compute_capability
+        self.capability = int(capability.major), int(capability.minor)
         self.compute_capability = f"{capability.major}.{capability.minor}"
         self.name = str(self._device.name)
         self.multiprocessors = int(self._device.properties.multiprocessor_count)

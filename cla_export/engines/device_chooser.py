@@ -4,11 +4,12 @@ import importlib
 import math
 from collections.abc import Sequence
 from operator import is_
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cla_export.engines.cuda_memory import Memory
+from cla_export.engines.cuda_memory import CudaMemory
 from cla_export.errors import RunError
 from cla_export.plugin.compile import compile_choice
 from cla_export.sampling import Changes, Choice, SamplingParams
@@ -41,6 +42,19 @@ _CHANGE = np.dtype([("token", np.int32), ("value", np.float32)])
 _NONE = np.empty(0, _CHANGE)
 
 
+class RowChooser(Protocol):
+    """Chooses a token for each row of logits that lie on a device."""
+
+    def prepare(self, choices: Sequence[Choice]) -> None:
+        """Take what the rows of the next step are chosen by to the device."""
+
+    def choose(self, logits: int, rows: int) -> None:
+        """Queue the choice by logits [rows, V] at an address, as prepared."""
+
+    def tokens(self) -> list[int | None]:
+        """The tokens that were chosen last; None for a row that is not numbers."""
+
+
 class DeviceChooser:
     """Tokens for rows of logits in 16 bits, by the kernel in `plugin/choose_tokens.cu`.
 
@@ -49,22 +63,19 @@ class DeviceChooser:
         dtype: of the logits: float16 or bfloat16.
         vocab: tokens.
         rows: at most.
-        capability: the GPU's compute capability.
 
     Raises:
         RunError: the vocabulary is larger than a million tokens, or the GPU has no room.
         MissingEnvironment: NVRTC is not installed.
     """
 
-    def __init__(
-        self, memory: Memory, dtype: str, vocab: int, rows: int, capability: tuple[int, int]
-    ) -> None:
+    def __init__(self, memory: CudaMemory, dtype: str, vocab: int, rows: int) -> None:
         if vocab > _MOST:
             raise RunError(f"a vocabulary of {vocab:,} tokens; expected at most {_MOST:,}")
         self._memory, self._vocab, self._rows = memory, vocab, rows
         self._core = importlib.import_module("cuda.core")
         self._stream = self._core.Stream.from_handle(memory.stream)
-        module = compile_choice(dtype == "bfloat16", capability)
+        module = compile_choice(dtype == "bfloat16", memory.capability)
         self._kernel = module.get_kernel("choose_tokens")
         self._picks = memory.allocate(rows * _PICK.itemsize)
         self._tokens = memory.allocate(rows * 8)
@@ -76,7 +87,7 @@ class DeviceChooser:
         self._plain = False  # whether it says that nothing is changed
 
     def prepare(self, choices: Sequence[Choice]) -> None:
-        """Take what the rows of the next step are chosen by to the GPU."""
+        """As `RowChooser.prepare`."""
         params, keys, changed = zip(*choices, strict=True)
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._params, self._packed = params, pack_params(params)
@@ -100,7 +111,7 @@ class DeviceChooser:
         self._memory.upload(self._picks, picks)
 
     def choose(self, logits: int, rows: int) -> None:
-        """Queue the choice by logits [rows, V] at an address, as prepared."""
+        """As `RowChooser.choose`."""
         config = self._core.LaunchConfig(grid=rows, block=_THREADS)
         self._core.launch(
             self._stream, config, self._kernel, logits, self._picks, self._changes, self._scratch,
@@ -109,7 +120,7 @@ class DeviceChooser:
         self._asked = rows
 
     def tokens(self) -> list[int | None]:
-        """The tokens that were chosen last; None for a row that is not numbers."""
+        """As `RowChooser.tokens`."""
         tokens = np.empty(self._asked, np.int64)
         self._memory.download(self._tokens, tokens)
         return [None if token < 0 else token for token in tokens.tolist()]

@@ -102,7 +102,6 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         self._dtype, self._kind = _TYPES[bundle.dtype]
         self._device = device
         self._memory = CudaMemory(device)
-        major, minor = self._memory.compute_capability.split(".")
         self._operators = None
         if library is not None:
             nodes = own_nodes(self.graph)
@@ -118,9 +117,7 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
         self._inputs_at = self._memory.allocate(self._inputs.size)
         self._keep = np.ones((), np.int64)  # on the host: shapes are computed from it
         self._logits_at = self._memory.allocate(slots * self._row_bytes)
-        self._chooser = DeviceChooser(
-            self._memory, bundle.dtype, self.vocab_size, slots, (int(major), int(minor))
-        )
+        self._chooser = DeviceChooser(self._memory, bundle.dtype, self.vocab_size, slots)
         self._steps: dict[tuple[int, int], tuple[Any, Any]] = {}  # first, rows -> a bound step
 
     @property

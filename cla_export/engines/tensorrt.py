@@ -15,7 +15,7 @@ TensorRT's rules that this file keeps (developer guide, "CUDA Graphs" and "Dynam
        the shapes are inferred until the call has run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 from cla_export.bundle import Bundle
 from cla_export.engines.cuda_memory import Work
 from cla_export.engines.device_pools import DevicePools, Inputs
-from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor
+from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor, TokenChooser
 from cla_export.engines.tensorrt_build import Built, find_engine, open_engine
 from cla_export.engines.tensorrt_runtime import Loaded, load_engine
 from cla_export.errors import BadInput, RunError
 from cla_export.rewrite.keep_last_logits import KEEP
+from cla_export.sampling import Choice
 
 DECODE, PREFILL = 0, 1  # profiles, in the order of the build
 _ALIGNED = 256  # bytes
@@ -105,6 +106,10 @@ class TensorRTExecutor(PooledExecutor):
         self._prefill = self._new_call(PREFILL, fixed=False)
         self._elsewhere = self._new_call(DECODE, fixed=False)  # decode from a later slot on
         self._steps: dict[int, _Call] = {}  # rows -> decode of the first slots
+        self._chooser = None  # of engines whose logits have 16 bits
+        if np.dtype(self._dtypes["logits"]).itemsize == 2:
+            name = np.dtype(self._dtypes["logits"]).name
+            self._chooser = loaded.new_chooser(name, self.vocab_size, self.slots)
 
     @property
     def device_bytes(self) -> dict[str, int]:
@@ -126,6 +131,35 @@ class TensorRTExecutor(PooledExecutor):
     def copy(self, source: int, target: int, _tokens: int) -> None:
         self._pools.copy(source, target)
 
+    @property
+    def chooser(self) -> TokenChooser | None:
+        return None if self._chooser is None else self
+
+    def begin_decode(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        choices: Sequence[Choice],
+    ) -> None:
+        """As `TokenChooser.begin_decode`. Errors as for `decode`."""
+        assert self._chooser is not None
+        first = self._check_decode(slots, tokens, lengths)
+        self._chooser.prepare(choices)
+        self._queue_decode(first, np.array(tokens, np.int64)[:, None], np.array(lengths, np.int64))
+        self._chooser.choose(self._logits[DECODE][0], len(slots))
+
+    def end_decode(self) -> list[int | None]:
+        """As `TokenChooser.end_decode`."""
+        assert self._chooser is not None
+        return self._chooser.tokens()
+
+    def logits_of(self, row: int) -> Logits:
+        """As `TokenChooser.logits_of`."""
+        logits = np.empty(self.vocab_size, self._dtypes["logits"])
+        self._memory.download(self._logits[DECODE][0] + row * self._row_bytes, logits)
+        return logits.astype(np.float32)
+
     def _run(
         self,
         first: int,
@@ -135,7 +169,8 @@ class TensorRTExecutor(PooledExecutor):
         keep: int,
     ) -> Logits:
         if input_ids.shape[1] == 1:
-            return self._decode(first, input_ids, starts)
+            self._queue_decode(first, input_ids, starts)
+            return self._take(DECODE, len(input_ids), 1)
         rows = zip(input_ids, starts.tolist(), counts.tolist(), strict=True)
         return np.stack(
             [
@@ -160,9 +195,9 @@ class TensorRTExecutor(PooledExecutor):
                 kept.append(self._take(PREFILL, 1, wanted)[0])
         return np.concatenate(kept)
 
-    def _decode(
+    def _queue_decode(
         self, first: int, input_ids: NDArray[np.int64], starts: NDArray[np.int64]
-    ) -> Logits:
+    ) -> None:
         rows = len(input_ids)
         call = self._elsewhere
         if first == 0:
@@ -175,7 +210,6 @@ class TensorRTExecutor(PooledExecutor):
         if first == 0 and self._graphs and call.runs == 1:  # rule 3
             call.capture(self._memory.stream, self._memory.capture)
         call.run(self._memory.stream)
-        return self._take(DECODE, rows, 1)
 
     def _new_call(self, profile: int, *, fixed: bool) -> "_Call":
         context = self._loaded.new_context(fixed)

@@ -7,11 +7,13 @@ command.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 from cla_export.bundle import Bundle
 from cla_export.engines.cuda_memory import CudaMemory, Memory
+from cla_export.engines.device_chooser import DeviceChooser, RowChooser
 from cla_export.engines.tensorrt_build import (
     ENGINE,
     FLAVOURS,
@@ -32,12 +34,14 @@ class Loaded:
     new_context: makes an IExecutionContext whose memory the caller manages. `fixed`: for calls of
         one shape alone, for which kernels are worth specialising at once (TensorRT-RTX).
     memory: the GPU's.
+    new_chooser: makes what chooses tokens there, of logits' dtype and vocabulary, and rows at most.
     owners: what the engine needs for as long as it lives.
     """
 
     engine: Any
     new_context: Callable[[bool], Any]
     memory: Memory
+    new_chooser: Callable[[str, int, int], RowChooser]
     owners: tuple[Any, ...] = ()
 
 
@@ -79,7 +83,7 @@ def load_engine(bundle: Bundle, built: Built) -> Loaded:
         config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if fixed else kinds.LAZY
         return engine.create_execution_context(config)
 
-    return Loaded(engine, new_context, memory, (runtime, logger))
+    return Loaded(engine, new_context, memory, partial(DeviceChooser, memory), (runtime, logger))
 
 
 def _put_weights_in(trt: Any, engine: Any, logger: Any, bundle: Bundle, built: Built) -> None:  # noqa: ANN401

@@ -15,7 +15,6 @@ from cla_export.device_bandwidth import _TILE, Reader, read_device_bandwidth
 from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.cuda_memory import CudaMemory
 from cla_export.engines.onnxruntime_cuda import graph_of
-from cla_export.errors import MissingEnvironment
 
 ON_GPU = pytest.mark.skipif(
     not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu"
@@ -26,14 +25,6 @@ ALONE = pytest.mark.skipif(
 LONG = {"kv_owner": (0, 0), "head_dim": 64, "max_position_embeddings": 8192}
 TOKEN = 2 * 2 * 64 * 2  # bytes of keys and values, of one group with two heads, in 16 bits
 WARM = 3  # steps that a slot has room for beside those that are timed
-
-
-@pytest.fixture
-def memory() -> CudaMemory:
-    try:
-        return CudaMemory()
-    except MissingEnvironment as error:
-        pytest.skip(str(error))
 
 
 def test_every_byte_is_read(memory: CudaMemory) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cla_export.engines.cuda_memory import CudaMemory
-from cla_export.errors import MissingEnvironment, RunError
+from cla_export.errors import RunError
 
 SOURCE = r"""
 extern "C" __global__ void add(const int *from, int *to, int n) {
@@ -13,14 +13,6 @@ extern "C" __global__ void add(const int *from, int *to, int n) {
 }
 """
 COUNT = 1000
-
-
-@pytest.fixture
-def memory() -> CudaMemory:
-    try:
-        return CudaMemory()
-    except MissingEnvironment as error:
-        pytest.skip(str(error))
 
 
 def adder(memory: CudaMemory):

@@ -13,7 +13,7 @@ from cla_export.engines import onnxruntime_cuda
 from cla_export.engines.cuda_memory import CudaMemory
 from cla_export.engines.device_chooser import DeviceChooser
 from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
-from cla_export.errors import MissingEnvironment, RunError
+from cla_export.errors import RunError
 from cla_export.sampling import Sampler, SamplingParams, choose, pick_by
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -42,17 +42,8 @@ WAYS = {
 AGREE = 0.99
 
 
-@pytest.fixture
-def memory() -> CudaMemory:
-    try:
-        return CudaMemory()
-    except MissingEnvironment as error:
-        pytest.skip(str(error))
-
-
 def chooser_of(memory: CudaMemory, dtype: str, vocab: int) -> DeviceChooser:
-    major, minor = memory.compute_capability.split(".")
-    return DeviceChooser(memory, dtype, vocab, ROWS, (int(major), int(minor)))
+    return DeviceChooser(memory, dtype, vocab, ROWS)
 
 
 def chosen(memory: CudaMemory, dtype: str, logits: np.ndarray, choices: list) -> list[int | None]:

@@ -27,6 +27,7 @@ from cla_export.engines.tensorrt_runtime import Loaded, check_gpu, check_version
 from cla_export.environment import nvidia_gpus
 from cla_export.errors import BadInput, BundleError, MissingEnvironment, RunError
 from cla_export.generation import load
+from cla_export.sampling import Sampler, SamplingParams, choose
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'cla-export[rtx]'")
 
@@ -126,6 +127,29 @@ def test_decode_of_the_first_slots_is_captured_after_one_run(make):
     for _ in range(3):
         plain.decode([0], [1], [0])
     assert memory_of(plain).launches == 0
+
+
+def test_tokens_are_chosen_where_the_logits_are(make):
+    """The kernel that does it is simulated too; on a GPU it runs in tests/gpu."""
+    executor, plain = make(), make()
+    ways = [SamplingParams(), SamplingParams(temperature=0.9, top_k=7, presence_penalty=0.5)]
+    first, second = ([Sampler(way, choice=3) for way in ways] for _ in range(2))
+    last, lengths = [4, 5], [3, 3]
+    for made in (executor, plain):
+        for slot in (0, 1):
+            made.prefill(slot, tokens(3, slot), 0)
+    assert executor.chooser is executor
+    for step in range(6):
+        held = [length + step for length in lengths]
+        executor.begin_decode([0, 1], last, held, [sampler.next_choice() for sampler in first])
+        chosen = executor.end_decode()
+        logits = plain.decode([0, 1], last, held)
+        assert chosen == choose(logits, second)
+        assert np.array_equal(executor.logits_of(1), logits[1])
+        for sampler, token in zip(first, chosen, strict=True):
+            sampler.take(token)
+        last = chosen
+    assert memory_of(executor).launches == memory_of(plain).launches > 0
 
 
 def test_the_simulation_keeps_the_rules(make, portable: Bundle):
