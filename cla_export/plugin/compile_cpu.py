@@ -20,6 +20,7 @@ from cla_export.errors import MissingEnvironment
 
 ATTENTION = Path(__file__).with_name("cla_attention_cpu.c")
 HOST_OPERATORS = Path(__file__).with_name("host_ops.c")
+READER = Path(__file__).with_name("read_memory_cpu.c")
 _HEADERS = [Path(__file__).with_name(f"{name}.h") for name in ("onnxruntime_abi", "host_launches")]
 CACHE = Path.home() / ".cache/cla-export/kernels"
 OPTIONS = (

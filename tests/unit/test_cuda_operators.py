@@ -143,7 +143,9 @@ def test_products_that_the_kernel_does_not_take() -> None:
         assert plan_product(tokens, n, k, gpu, gated=False) is None
 
 
-@pytest.mark.parametrize("source", [compile_cpu.ATTENTION, compile_cpu.HOST_OPERATORS])
+@pytest.mark.parametrize(
+    "source", [compile_cpu.ATTENTION, compile_cpu.HOST_OPERATORS, compile_cpu.READER]
+)
 def test_sources_compile_without_a_warning(tmp_path: Path, source: Path) -> None:
     compiler = compile_cpu.compiler()
     assert compile_cpu.build(compiler, tmp_path, STRICT, source).is_file()
