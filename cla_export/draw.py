@@ -27,10 +27,10 @@ from cla_export.kth_largest import kth_largest
 if TYPE_CHECKING:
     from cla_export.sampling import SamplingParams
 
-_BLOCK = 256  # tokens
+BLOCK = 256  # tokens
 _ROUND = 2**32  # numbers that a round of a race may use
 _SHORTEST = np.float32(2**-25)  # of a race's times: none is 0
-_COLDEST = np.float32(1e-20)  # a lower temperature is as good as 0, and may be 0 in float32
+COLDEST = np.float32(1e-20)  # a lower temperature is as good as 0, and may be 0 in float32
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -38,8 +38,8 @@ class Scratch:
     """Memory for draws by logits of one vocabulary; `row` [V] is where they are put."""
 
     def __init__(self, vocab: int) -> None:
-        whole = -(-vocab // _BLOCK) * _BLOCK
-        self.blocks, self.left = np.zeros((2, whole // _BLOCK, _BLOCK), np.float32)
+        whole = -(-vocab // BLOCK) * BLOCK
+        self.blocks, self.left = np.zeros((2, whole // BLOCK, BLOCK), np.float32)
         self.row: Logits = self.blocks.reshape(-1)[:vocab]
         self.kept = np.empty(self.blocks.shape, np.bool_)
 
@@ -51,7 +51,7 @@ def draw(scratch: Scratch, params: "SamplingParams", key: int) -> int:
     """
     scores = scratch.row
     if params.temperature != 1:
-        scores /= max(np.float32(params.temperature), _COLDEST)
+        scores /= max(np.float32(params.temperature), COLDEST)
     lowest = math.log(params.min_p) if params.min_p > 0 else -math.inf
     if 0 < params.top_k < len(scores):
         lowest = max(lowest, kth_largest(scores, params.top_k))
@@ -71,10 +71,10 @@ def _race(scratch: Scratch, top_p: float, key: int) -> int:
     total = float(sums.sum(dtype=np.float64))
     rounds = 0
     while True:
-        times = _times(len(sums) + _BLOCK, key, rounds)
+        times = _times(len(sums) + BLOCK, key, rounds)
         block = int((sums / times[: len(sums)]).argmax())
         place = int((weights[block] / times[len(sums) :]).argmax())
-        weight, token = float(weights[block, place]), block * _BLOCK + place
+        weight, token = float(weights[block, place]), block * BLOCK + place
         if top_p == 1 or weight == 1 or weight > (1 - top_p) * total:
             return token  # those likelier than it have less than top_p, whatever they are
         np.greater(weights, np.float32(weight), out=scratch.kept)

@@ -9,15 +9,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cla_export.draw import BLOCK, COLDEST
 from cla_export.engines.cuda_memory import CudaMemory
 from cla_export.errors import RunError
 from cla_export.plugin.compile import compile_choice
 from cla_export.sampling import Changes, Choice, SamplingParams
 
 _THREADS = 1024
-_BLOCK = 256  # tokens
-_MOST = 4096 * _BLOCK  # tokens of a vocabulary
-_COLDEST = 1e-20  # a lower temperature is as good as 0, and may be 0 in float32
+_MOST = 4096 * BLOCK  # tokens of a vocabulary
 # `Pick` and `Change` of choose_tokens.cu
 _PICK = np.dtype(
     [
@@ -99,7 +98,7 @@ class DeviceChooser:
             changes = pack_changes(picks, changed)
             self._plain = not any(changed)
         if not self._scratch and len(changes):
-            size = self._rows * -(-self._vocab // _BLOCK) * _BLOCK * 4
+            size = self._rows * -(-self._vocab // BLOCK) * BLOCK * 4
             self._scratch = self._memory.allocate(size)
         if changes.nbytes > self._room:
             if self._room:
@@ -132,7 +131,7 @@ def pack_params(params: Sequence[SamplingParams]) -> NDArray[np.void]:
         (
             each.top_p,
             0,
-            max(each.temperature, _COLDEST) if each.temperature else 0.0,
+            max(each.temperature, COLDEST) if each.temperature else 0.0,
             math.log(each.min_p) if each.min_p else -math.inf,
             each.repetition_penalty,
             1 / each.repetition_penalty,
