@@ -26,6 +26,12 @@ MODELS = {
     "norms": {"kv_owner": (0, 0), "qk_norm": True, "separate_kv_norm": True},
     "head dim 64": {"kv_owner": (0, 0), "head_dim": 64},
 }
+WIDE = {"hidden_size": 128, "intermediate_size": 352, "vocab_size": 252}  # whole blocks of 32
+QUANTIZED = {  # rows of padded blocks too: 24 and 20 numbers
+    "CLA2 MQA": PLAIN | WIDE,
+    "window, biases, untied": MIXED | WIDE,
+    "padded blocks": PLAIN,
+}
 DTYPES = ("fp16", "bf16")
 
 
@@ -49,6 +55,17 @@ def opened(bundle: Bundle, *, stock: bool, slots: int = 5, graphs: bool = True):
 @pytest.mark.parametrize("model", MODELS)
 def test_parity(zoo: Zoo, model: str, dtype: str, stock: bool) -> None:
     bundle = zoo.bundle("onnxruntime", dtype, **MODELS[model])
+    report = compare_bundle(bundle, executor=opened(bundle, stock=stock))
+    failed = [(r.case, r.output, r.max_error, r.tolerance) for r in report.tensors if not r.passed]
+    assert report.passed, (report.faults, failed)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("model", QUANTIZED)
+def test_parity_of_quantised_weights(
+    zoo: Zoo, model: str, quantize: str, dtype: str, stock: bool
+) -> None:
+    bundle = zoo.bundle("onnxruntime", dtype, quantize, **QUANTIZED[model])
     report = compare_bundle(bundle, executor=opened(bundle, stock=stock))
     failed = [(r.case, r.output, r.max_error, r.tolerance) for r in report.tensors if not r.passed]
     assert report.passed, (report.faults, failed)
