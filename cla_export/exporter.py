@@ -138,7 +138,7 @@ def export(
         progress("lower", 3, steps)
         lowered = lower(target, canonical.model, spec.layout, **options)
         companions = _companions(
-            target, dtype, canonical.model, spec.layout, quantization, narrow=scales is not None
+            target, dtype, canonical.model, spec.layout, narrow=scales is not None
         )
         for made in (lowered, *companions.values()):
             _quantize(made.model, spec, quantization, scales)
@@ -277,7 +277,6 @@ def _companions(
     dtype: str,
     canonical: "ir.Model",
     layout: KVLayout,
-    quantization: Quantization | None,
     *,
     narrow: bool,
 ) -> "dict[str, Lowered]":
@@ -290,10 +289,8 @@ def _companions(
     if target != "onnxruntime":
         return {}
     if dtype != "fp32":
-        for_cuda = {CUDA_GRAPH: lower(CUDA, canonical, layout)}
-        if quantization is None:  # our products read weights as they are
-            for_cuda[CUDA_PLUGIN_GRAPH] = lower(CUDA_PLUGIN, canonical, layout)
-        return for_cuda
+        graphs = {CUDA_GRAPH: CUDA, CUDA_PLUGIN_GRAPH: CUDA_PLUGIN}
+        return {name: lower(how, canonical, layout) for name, how in graphs.items()}
     for_cpu = lower(CPU, canonical, layout)
     ours = [operator == "ClaAttention" for operator in for_cpu.attention]
     return {CPU_GRAPH: for_cpu} if (all(ours) if narrow else any(ours)) else {}

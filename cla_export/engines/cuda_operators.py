@@ -20,11 +20,12 @@ from cla_export.lower.cuda_operators import DOMAINS
 from cla_export.plugin.compile import compile_operators
 from cla_export.plugin.contract import Problem
 from cla_export.plugin.launch import Launched, Launcher, Pointers, ProductPointers
-from cla_export.plugin.product import ProductPlan, plan_product
+from cla_export.plugin.product import BLOCK, ProductPlan, plan_product
 
 _LINEAR, _ROTATE, _ROTATE_APPEND, _ATTENTION = range(4)
 _THREADS = 256
 _WIDEST = 8192  # numbers that `rms_norm` takes
+_COLUMNS = 8  # that a thread of `unpack` makes
 _KINDS = {"float16": 2, "bfloat16": 14}  # cuBLAS's numbers of types
 _FLOAT32, _TRANSPOSED, _PLAIN, _DEFAULT = 68, 1, 0, -1
 _CUBLAS_BYTES = 32 << 20
@@ -87,7 +88,7 @@ class CudaOperators:
         self._kernels: dict[str, Any] = {}
         self._rooms: dict[str, tuple[int, int]] = {}
         self._problems: dict[Problem, Any] = {}
-        self._plans: dict[tuple[int, int, int, bool], ProductPlan | None] = {}
+        self._plans: dict[tuple[int, int, int, bool, int], ProductPlan | None] = {}
         self._product = _Products(memory, dtype)
         self._notes = Notes(library, self._product.cublas)
         ctypes.CDLL(str(library)).cla_set_callback(_dispatch)
@@ -113,23 +114,26 @@ class CudaOperators:
         self._notes.add(call, launches)
 
     def _linear(self, call: Call, node: dict[str, Any]) -> None:
-        x, w, norm, residual = (call.inputs[i] for i in range(4))
+        x, w, norm, residual, scales = (call.inputs[i] for i in range(5))
         y, gated = call.outputs[0].data, bool(node["gated"])
-        rows, k = w.shape
+        rows, k = w.shape[0], x.shape[-1]
+        bits = 16 if len(w.shape) == 2 else w.shape[2] * 8 // BLOCK
         tokens, n = prod(x.shape[:-1]), rows // (2 if gated else 1)
         if tokens == 0:
             return
         source = x.data
         if norm.data:
             source = self._normed(x.data, norm.data, tokens, k, node["epsilon"])
-        shape = tokens, n, k, gated
+        shape = tokens, n, k, gated, bits
         if shape not in self._plans:
-            self._plans[shape] = plan_product(tokens, n, k, self._launcher.gpu, gated=gated)
+            gpu = self._launcher.gpu
+            self._plans[shape] = plan_product(tokens, n, k, gpu, gated=gated, bits=bits)
         plan = self._plans[shape]
         if plan is None:
-            self._multiply(source, w.data, residual.data, y, tokens, rows, k, gated=gated)
+            whole = w.data if bits == 16 else self._unpacked(w.data, scales.data, rows, k, bits)
+            self._multiply(source, whole, residual.data, y, tokens, rows, k, gated=gated)
             return
-        pointers = ProductPointers(w.data, source, y, residual.data or 0)
+        pointers = ProductPointers(w.data, source, y, residual.data or 0, scales.data or 0)
         self._launcher.launch_product(
             plan, self._dtype, pointers, (tokens, n, k), self._memory.stream, gated=gated
         )
@@ -140,6 +144,16 @@ class CudaOperators:
         normed = self._room("normed", tokens * k * 2)
         self._queue("rms_norm", tokens, _THREADS, x, norm, normed, np.int32(k), np.float32(epsilon))
         return normed
+
+    def _unpacked(self, packed: int, scales: int, rows: int, k: int, bits: int) -> int:
+        """Where a packed weight is [rows, k] in 16 bits, until the next one is unpacked."""
+        whole = self._room("unpacked", rows * k * 2)
+        threads = rows * -(-k // _COLUMNS)
+        self._queue(
+            "unpack", -(-threads // _THREADS), _THREADS, packed, scales, whole,
+            *map(np.int32, (rows, k, bits)),
+        )  # fmt: skip
+        return whole
 
     def _multiply(
         self, x: int, w: int, residual: int | None, y: int, tokens: int, rows: int, k: int,

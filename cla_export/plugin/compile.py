@@ -15,8 +15,10 @@ from typing import Any
 from cla_export.errors import MissingEnvironment
 
 SOURCE = Path(__file__).with_name("cla_attention.cu")
-NUMBERS = Path(__file__).with_name("decode_numbers.cu")  # comes before the next three
+NUMBERS = Path(__file__).with_name("decode_numbers.cu")  # comes before the next five
 OPERATORS = Path(__file__).with_name("decode_ops.cu")
+PRODUCT_TILE = Path(__file__).with_name("decode_tile.cu")
+PACKED_TILE = Path(__file__).with_name("decode_packed.cu")
 PRODUCT = Path(__file__).with_name("decode_product.cu")
 CHOICE = Path(__file__).with_name("choose_tokens.cu")
 READER = Path(__file__).with_name("read_memory.cu")
@@ -115,11 +117,17 @@ def compile_product(
     stages: int,
     compute_capability: tuple[int, int],
     cache: Path | None = CACHE,
+    *,
+    bits: int = 16,
 ) -> Any:  # noqa: ANN401
-    """Machine code of decode_product.cu for tiles of so many tokens; as `compile_kernel`."""
-    macros = [("BF16", str(int(bf16))), ("TOKENS", str(tokens)), ("STAGES", str(stages))]
-    program = _program_of((NUMBERS, PRODUCT), macros, compute_capability)
-    return _compiled(program, cache)
+    """Machine code of decode_product.cu for tiles of so many tokens; as `compile_kernel`.
+
+    `bits`: of the weight.
+    """
+    numbers = {"BF16": int(bf16), "BITS": bits, "TOKENS": tokens, "STAGES": stages}
+    tile = (PRODUCT_TILE,) if bits == 16 else (PRODUCT_TILE, PACKED_TILE)
+    macros = [(name, str(number)) for name, number in numbers.items()]
+    return _compiled(_program_of((NUMBERS, *tile, PRODUCT), macros, compute_capability), cache)
 
 
 def compile_choice(

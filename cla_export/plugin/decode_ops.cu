@@ -59,6 +59,33 @@ rms_norm(const uint4* x, const uint4* norm, uint4* y, int k, float eps) {
     }
 }
 
+// w [rows, k] from packed weights, as MatMulNBits has them: blocks of 32 columns, padded at a row's end, in `bits` bits,
+// and a scale each. A thread makes 8 columns.
+extern "C" __global__ void unpack(const unsigned char* packed, const u16* scales, u16* w, int rows, int k, int bits) {
+    let_next_kernel_start();
+    const int eights = (k + CHUNK - 1) / CHUNK, blocks = (k + 31) / 32;
+    const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, row = i / eights;
+    const int column = (int)(i % eights) * CHUNK;
+    u32 made[CHUNK / 2];
+    if (row < rows) {
+        const float scale = widen(scales[row * blocks + column / 32]);
+        const u32* words = (const u32*)(packed + (row * blocks * 32 + column) * bits / 8);
+        const u32 low = words[0], high = bits == 8 ? words[1] : low >> 16;
+        UNROLL for (int j = 0; j < CHUNK / 2; j++) {
+            const u32 two = (j < 2 ? low : high) >> j % 2 * 2 * bits;
+            const int first = two & (1 << bits) - 1, second = two >> bits & (1 << bits) - 1, zero = 1 << bits - 1;
+            made[j] = narrow((first - zero) * scale, (second - zero) * scale);
+        }
+    }
+    wait_for_previous_kernel();  // which may still read what was unpacked before
+    if (row >= rows) return;
+    w += row * k + column;
+    if (k % CHUNK == 0) *(uint4*)w = make_uint4(made[0], made[1], made[2], made[3]);
+    else
+        UNROLL for (int j = 0; j < CHUNK; j++)
+            if (column + j < k) w[j] = (u16)(made[j / 2] >> j % 2 * 16);
+}
+
 // y [tokens, n] = silu(both [tokens, :n]) * both [tokens, n:].
 extern "C" __global__ void swiglu(const u32* both, u32* y, int n, int tokens) {
     let_next_kernel_start();

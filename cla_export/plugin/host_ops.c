@@ -4,7 +4,8 @@
  * them to a callback, with the stream. That notes what it launches, so it is asked once for each
  * number of rows and tokens: see host_launches.h. Decode runs as a CUDA graph besides.
  *
- *   ClaLinear(x, w, norm?, residual?) -> y    norm(x) w^T + residual, or gated: SwiGLU of both
+ *   ClaLinear(x, w, norm?, residual?, scales?) -> y    norm(x) w^T + residual, or gated: SwiGLU of both;
+ *                                                      w is [n, k], or with scales MatMulNBits' [n, blocks, bytes]
  *   ClaRotate(q, cos, sin, starts) -> q       rotated queries
  *   ClaRotateAppend(qkv, cos, sin, starts, past, past) -> q, present, present
  *   ClaAttention(q, keys, values, lengths) -> y
@@ -127,6 +128,7 @@ static const char *name(const OrtCustomOp *op) {
 static const char *provider(const OrtCustomOp *op) { return (void)op, "CUDAExecutionProvider"; }
 static int input_type(const OrtCustomOp *op, size_t i) {
   int kind = of(op)->kind;
+  if (kind == LINEAR && i == 1) return ELEMENT_ANY; /* packed weights are bytes */
   if (kind == ATTENTION && i == 3) return ELEMENT_INT32;
   if (kind == ROTATE || kind == ROTATE_APPEND) {
     if (i == 1 || i == 2) return ELEMENT_FLOAT;
@@ -169,7 +171,7 @@ static void release(int *from, int *to) { free(from), free(to); }
     .ReleaseMayInplace = release, .GetAliasMap = nothing_in_place, .ReleaseAliasMap = release},    \
    which, in, out, type}
 #define OPERATORS(type)                                                            \
-  {OPERATOR(LINEAR, 4, 1, type), OPERATOR(ROTATE, 4, 1, type),                     \
+  {OPERATOR(LINEAR, 5, 1, type), OPERATOR(ROTATE, 4, 1, type),                     \
    OPERATOR(ROTATE_APPEND, 6, 3, type), OPERATOR(ATTENTION, 4, 1, type)}
 static const Operator half[KINDS] = OPERATORS(ELEMENT_FLOAT16);
 static const Operator brain[KINDS] = OPERATORS(ELEMENT_BFLOAT16);

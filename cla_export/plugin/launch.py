@@ -40,12 +40,13 @@ class Pointers:
 
 @dataclass(frozen=True, slots=True)
 class ProductPointers:
-    """Device addresses of a product's tensors, 16-byte aligned; residual: 0 for none."""
+    """Device addresses of a product's tensors, 16-byte aligned; residual, scales: 0 for none."""
 
     w: int
     x: int
     y: int
     residual: int = 0
+    scales: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class Launcher:
         self._device.set_current()
         self._cache = cache
         self._kernels: dict[Variant, tuple[Any, Any]] = {}
-        self._products: dict[tuple[int, str], Any] = {}
+        self._products: dict[tuple[int, int, int, str], Any] = {}
         self._settings: dict[tuple[Any, ...], Settings] = {}
         self.tell: Callable[[Launched], None] | None = None  # of each kernel that was queued
         self._streams: dict[int, Any] = {}
@@ -170,10 +171,11 @@ class Launcher:
     ) -> None:
         """Queue y [tokens, n] = x [tokens, k] w [n, k]^T + residual; `shape`: tokens, n, k.
 
-        Gated: w is [2n, k], and y is silu of the first half's product times the second's. Starts
-        while the kernel in front still runs, if that allows it.
+        Gated: w is [2n, k], and y is silu of the first half's product times the second's. Where the
+        plan has fewer than 16 bits, w is packed, as `quantization` describes it. Starts while the
+        kernel in front still runs, if that allows it.
         """
-        key = plan.tokens, dtype
+        key = plan.bits, plan.tokens, plan.stages, dtype
         if key not in self._products:
             module = compile_product(
                 dtype == "bfloat16",
@@ -181,6 +183,7 @@ class Launcher:
                 plan.stages,
                 self.gpu.compute_capability,
                 self._cache,
+                bits=plan.bits,
             )
             self._products[key] = module.get_kernel("product")
             self.allow_shared_memory(self._products[key], plan.shared_bytes)
@@ -192,7 +195,7 @@ class Launcher:
             overlap=True,
         )
         self.queue(
-            stream, settings, self._products[key], pointers.w,
+            stream, settings, self._products[key], pointers.w, pointers.scales,
             pointers.x, pointers.residual, pointers.y, *map(np.int32, (*shape, gated)),
         )  # fmt: skip
 

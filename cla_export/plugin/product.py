@@ -7,10 +7,14 @@ from cla_export.plugin.plan import Gpu
 MOST_TOKENS = 64
 THREADS = 256
 WARP_GROUP_THREADS = 128
+BLOCK = 32  # columns that packed weights have a scale for
 _TILES = (8, 16, 32, 64)  # tokens
-_STAGES = {8: 8, 16: 8, 32: 6, 64: 4}  # of a block's ring, by tokens of a tile
-_ROWS = 64  # of a weight, in a tile
-_CHUNK = 64  # columns of a stage
+_STAGES = {  # of a block's ring, by bits and by tokens of a tile; fewer where memory is short
+    16: {8: 8, 16: 8, 32: 6, 64: 4},
+    8: {8: 5, 16: 5, 32: 4, 64: 3},
+    4: {8: 4, 16: 4, 32: 3, 64: 2},
+}
+_ROW_BYTES = 128  # of a weight, in a stage
 _MOST_BLOCKS = 8  # of a cluster
 # Blocks to aim for, a multiprocessor: measured on an H200. With wide tiles three fit, and their
 # sums take long to add up; the others are better off with room for the next kernel's first stages.
@@ -21,6 +25,7 @@ _BLOCKS, _WIDE_BLOCKS = 1.2, 2.0
 class ProductPlan:
     """A kernel's tile and a launch: `clusters` of `blocks`, each with `shared_bytes`."""
 
+    bits: int  # of the weight
     tokens: int
     stages: int
     clusters: int
@@ -29,26 +34,50 @@ class ProductPlan:
     @property
     def shared_bytes(self) -> int:
         """The ring of a block."""
-        return self.stages * (_ROWS + self.tokens) * _CHUNK * 2
+        return self.stages * _stage_bytes(self.bits, self.tokens)
 
     @property
     def threads(self) -> int:
-        """Of a block; tiles of 64 tokens are multiplied by a warp group."""
-        return WARP_GROUP_THREADS if self.tokens == MOST_TOKENS else THREADS
+        """Of a block; tiles of 64 tokens are multiplied by a warp group, with 16 bits."""
+        warp_group = self.bits == 16 and self.tokens == MOST_TOKENS
+        return WARP_GROUP_THREADS if warp_group else THREADS
 
 
-def plan_product(tokens: int, n: int, k: int, gpu: Gpu, *, gated: bool) -> ProductPlan | None:
+def plan_product(
+    tokens: int, n: int, k: int, gpu: Gpu, *, gated: bool, bits: int = 16
+) -> ProductPlan | None:
     """The plan for y [tokens, n] from x [tokens, k]; None: the kernel does not take it.
 
     Warp groups are Hopper's alone. Up to 32 tokens, what a token gets does not depend on how many
     there are: neither the blocks nor the order of their sums do.
     """
-    if not gpu.has_clusters or tokens > MOST_TOKENS or k % 8 or n % 4:
+    columns = 8 if bits == 16 else BLOCK
+    if not gpu.has_clusters or tokens > MOST_TOKENS or k % columns or n % 4:
         return None
     tile = next(size for size in _TILES if tokens <= size)
-    if tile == MOST_TOKENS and gpu.compute_capability != (9, 0):
+    if bits == 16 and tile == MOST_TOKENS and gpu.compute_capability != (9, 0):
         return None
-    clusters = -(-n // (_ROWS // 2 if gated else _ROWS))
-    aim = gpu.multiprocessors * (_WIDE_BLOCKS if tile == MOST_TOKENS else _BLOCKS)
-    blocks = max(1, min(_MOST_BLOCKS, -(-k // _CHUNK), round(aim / clusters)))
-    return ProductPlan(tile, _STAGES[tile], clusters, blocks)
+    stages = min(_STAGES[bits][tile], gpu.shared_per_block // _stage_bytes(bits, tile))
+    if stages < 2:
+        return None
+    clusters = -(-n // (_rows(bits) // 2 if gated else _rows(bits)))
+    wide = bits == 16 and tile == MOST_TOKENS
+    aim = gpu.multiprocessors * (_WIDE_BLOCKS if wide else _BLOCKS)
+    chunks = -(-k // _chunk(bits))
+    blocks = max(1, min(_MOST_BLOCKS, chunks, round(aim / clusters)))
+    return ProductPlan(bits, tile, stages, clusters, blocks)
+
+
+def _rows(bits: int) -> int:
+    """Of a weight, in a tile."""
+    return 64 if bits == 16 else 128
+
+
+def _chunk(bits: int) -> int:
+    """Columns of a stage."""
+    return _ROW_BYTES * 8 // bits
+
+
+def _stage_bytes(bits: int, tokens: int) -> int:
+    scales = 0 if bits == 16 else (_chunk(bits) // BLOCK // 2 + 1) * 4
+    return _rows(bits) * (_ROW_BYTES + scales) + tokens * _chunk(bits) * 2

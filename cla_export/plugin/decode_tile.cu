@@ -1,0 +1,144 @@
+// A tile of a product of a few tokens: its copies into shared memory, and its multiplication where weights have 16
+// bits; follows decode_numbers.cu, and decode_product.cu follows it, with decode_packed.cu in between for fewer bits.
+//
+// compile.py specialises these sources by macros:
+//   BF16    1: bfloat16, 0: float16
+//   BITS    of a weight: 16, 8 or 4
+//   TOKENS  columns of a tile: 8, 16, 32 or 64; a call has no more tokens than that
+//   STAGES  depth of a block's ring
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Where a piece of 16 bytes lies in a stage whose rows have 128, so that 8 rows never meet in a bank.
+DEVICE u32 place(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+
+DEVICE void copy_async(u32 to, const void* from, bool there) {  // zeros where it is not there
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+DEVICE void copy_word_async(u32 to, const void* from, int bytes) {  // and zeros behind them
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int LEFT>
+DEVICE void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
+}
+
+#if BF16
+#define OPERAND "bf16"
+#else
+#define OPERAND "f16"
+#endif
+
+DEVICE void load_matrices(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+DEVICE void multiply(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." OPERAND "." OPERAND ".f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#define WARPGROUP (TOKENS == 64 && BITS == 16)   // Hopper's
+constexpr int ROWS = BITS == 16 ? 64 : 128;      // of a weight, in a tile
+constexpr int CHUNK = 1024 / BITS;               // columns of a stage, 128 bytes of a row
+constexpr int ROW_WARPS = 4;                     // that share a tile's rows
+constexpr int COLUMN_WARPS = WARPGROUP ? 1 : 2;  // that share a stage's columns
+constexpr int THREADS = ROW_WARPS * COLUMN_WARPS * 32;
+constexpr int PIECES = 128 / 16;                 // of 16 bytes, in a row of a stage
+constexpr int STEPS = PIECES / 2 / COLUMN_WARPS; // of a multiplication, 32 bytes of a row each
+constexpr int SCALES = BITS == 16 ? 0 : CHUNK / 32;              // of a row of a stage
+constexpr int SCALE_WORDS = BITS == 16 ? 0 : SCALES / 2 + 1;     // that hold them, wherever the first begins
+constexpr int TOKENS_AT = ROWS * 128, SCALES_AT = TOKENS_AT + TOKENS * CHUNK * 2;  // in a stage
+constexpr int STAGE_BYTES = SCALES_AT + ROWS * SCALE_WORDS * 4;
+constexpr int PITCH = ROWS + (WARPGROUP ? 8 : 4);  // floats of a token in the buffer of sums
+
+#if WARPGROUP
+// The sums of a warp group: tokens are its 64 rows, rows of the weight its columns. Stages are read where they lie.
+constexpr int SUMS = ROWS / 2;
+
+DEVICE unsigned long long tile_at(u32 address) {  // rows of 128 bytes, swizzled, 8 of them every 1024
+    return 1ull << 62 | 64ull << 32 | 1ull << 16 | (address & 0x3ffff) >> 4;
+}
+
+#define SUMS_8(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3]), \
+                  "+f"(s[i + 4]), "+f"(s[i + 5]), "+f"(s[i + 6]), "+f"(s[i + 7])
+
+DEVICE void multiply_stage(float (&s)[SUMS], u32 stage, int) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    UNROLL for (int i = 0; i < STEPS; i++)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." OPERAND "." OPERAND " "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
+                     : SUMS_8(0), SUMS_8(8), SUMS_8(16), SUMS_8(24)
+                     : "l"(tile_at(stage + TOKENS_AT + i * 32)), "l"(tile_at(stage + i * 32)) : "memory");
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Before the barrier behind which a stage is multiplied, and the one before it is written again.
+DEVICE void finish_stage(float (&s)[SUMS]) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;"
+                 : SUMS_8(0), SUMS_8(8), SUMS_8(16), SUMS_8(24) :: "memory");
+}
+
+DEVICE void leave(const float (&s)[SUMS], float* buffer) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    UNROLL for (int i = 0; i < SUMS; i += 2) {
+        const int token = warp * 16 + (i >> 1 & 1) * 8 + (lane >> 2), row = i / 4 * 8 + (lane & 3) * 2;
+        *(float2*)(buffer + token * PITCH + row) = make_float2(s[i], s[i + 1]);
+    }
+}
+#else
+// The sums of a warp: tiles of 16 rows of the weight and 8 tokens.
+constexpr int ROW_TILES = ROWS / 16 / ROW_WARPS, TOKEN_TILES = TOKENS / 8;
+constexpr int SUMS = ROW_TILES * TOKEN_TILES * 4;
+
+#if BITS == 16
+DEVICE void multiply_stage(float (&sums)[SUMS], u32 stage, int) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    UNROLL for (int i = 0; i < STEPS; i++) {
+        const int piece = (warp / ROW_WARPS * STEPS + i) * 2;  // the first of 16 columns
+        u32 weights[ROW_TILES][4], columns[(TOKEN_TILES + 1) / 2][4];
+        UNROLL for (int r = 0; r < ROW_TILES; r++) {
+            const int row = (warp % ROW_WARPS * ROW_TILES + r) * 16 + (lane & 15);
+            load_matrices(weights[r], stage + place(row, piece + (lane >> 4)));
+        }
+        UNROLL for (int t = 0; t < TOKEN_TILES; t += 2) {
+            const int token = t * 8 + (TOKENS > 8 ? lane >> 4 : 0) * 8 + (lane & 7);
+            load_matrices(columns[t / 2], stage + TOKENS_AT + place(token, piece + (lane >> 3 & 1)));
+        }
+        UNROLL for (int r = 0; r < ROW_TILES; r++)
+            UNROLL for (int t = 0; t < TOKEN_TILES; t++)
+                multiply(sums + (r * TOKEN_TILES + t) * 4, weights[r], columns[t / 2][t % 2 * 2],
+                         columns[t / 2][t % 2 * 2 + 1]);
+    }
+}
+#endif
+
+DEVICE void finish_stage(float (&)[SUMS]) {}
+
+DEVICE void leave(const float (&sums)[SUMS], float* buffer) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    buffer += warp / ROW_WARPS * TOKENS * PITCH;
+    UNROLL for (int i = 0; i < SUMS; i++) {
+        const int tile = i / 4 / TOKEN_TILES + warp % ROW_WARPS * ROW_TILES;
+        const int row = tile * 16 + (i >> 1 & 1) * 8 + (lane >> 2);
+        const int token = i / 4 % TOKEN_TILES * 8 + (lane & 3) * 2 + (i & 1);
+        buffer[token * PITCH + row] = sums[i];
+    }
+}
+#endif
+
+#if BITS == 16
+DEVICE u32 place_token(int token, int piece) { return place(token, piece); }
+
+template <typename Row>
+DEVICE void fetch_scales(u32, const u16*, int, int, Row) {}
+#endif
