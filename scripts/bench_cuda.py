@@ -2,13 +2,15 @@
 
     python scripts/bench_cuda.py                         1 B parameters, CLA2, one kv head, float16
     python scripts/bench_cuda.py --dtype bf16 --layers 32 --hidden 3072 --ffn 8192 --heads 24
+    python scripts/bench_cuda.py --quantize int4         packed weights; PyTorch's have 16 bits
 
 PyTorch is the best that we could write by hand: one CUDA graph a step, q, k and v in one product,
 gate and up in another, norms, RoPE and SwiGLU compiled, cuDNN's attention over full rows. A step of
 ours includes choosing the greedy token and feeding it to the next step, on the device. Both start
 from the same random weights and caches, and their logits are compared first. The floor is the time
 in which the weights, and for every layer the keys and values that it reads, come from memory at the
-highest rate that this run saw; `cla-export bench` counts keys and values once a group.
+highest rate that this run saw; `cla-export bench` counts keys and values once a group. Quantised
+weights count as they are packed, for PyTorch too, which has in 16 bits what they stand for.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import torch
 from random_model import add_shape_options, config_of, make_model
 from torch import Tensor
@@ -32,7 +36,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import cla_export
 from cla_export.bundle import Bundle
 from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
+from cla_export.floor import Weights, read_weights
 from cla_export.models import cla
+from cla_export.quantization import NAMES, PACKED, SCALES
 from cla_export.spec import ModelSpec
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -45,6 +51,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp16")
+    parser.add_argument("--quantize", choices=NAMES, help="weights of the bundle")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[2048, 16384])
     parser.add_argument("--steps", type=int, default=50)
@@ -64,8 +71,9 @@ def main() -> int:
             for batch, context in product(args.batch, args.context)
             for row in cell(model, bundle, batch, context, args)
         ]
+        weights = read_weights(bundle.graph)
     rate = max(read_rates())
-    show(model.spec, rows, rate, args)
+    show(model.spec, weights, rows, rate, args)
     return 0
 
 
@@ -73,8 +81,33 @@ def make(folder: Path, args: argparse.Namespace) -> tuple[cla.ClaDecoder, Bundle
     """A model with random weights, and its bundle."""
     config = config_of(args, args.factor, max(args.context) + SPARE)
     model = make_model(folder / "model", config, DTYPES[args.dtype], "cuda")
-    bundle = cla_export.export(folder / "model", folder / "bundle", dtype=args.dtype)
+    bundle = cla_export.export(
+        folder / "model", folder / "bundle", dtype=args.dtype, quantize=args.quantize
+    )
+    if args.quantize:
+        take_packed(model, bundle)
     return model, bundle
+
+
+def take_packed(model: cla.ClaDecoder, bundle: Bundle) -> None:
+    """Give the model the weights that the bundle's packed ones stand for, and an untied head."""
+    initializers = ir.load(bundle.graph).graph.initializers
+    modules = dict(model.named_modules())
+    for name, value in initializers.items():
+        if not name.endswith(PACKED):
+            continue
+        path, _, part = name.removesuffix(PACKED).rpartition(".")
+        scales = initializers[f"{path}.{part}{SCALES}"].const_value
+        assert value.const_value is not None and scales is not None
+        packed = torch.from_numpy(value.const_value.numpy().copy()).cuda()
+        steps = torch.from_numpy(scales.numpy().astype(np.float32)).cuda()
+        bits = packed.shape[2] // 4  # a byte each of 32 columns: 8
+        if bits == 4:
+            packed = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+        weight = ((packed.float() - 2 ** (bits - 1)) * steps[..., None]).flatten(-2)
+        columns = modules[path].in_features
+        kind = next(modules[path].parameters()).dtype
+        setattr(modules[path], part, torch.nn.Parameter(weight[:, :columns].to(kind)))
 
 
 def cell(
@@ -123,6 +156,7 @@ class TorchStep:
         self._embed = weights["model.embed_tokens.weight"]
         dtype = self._embed.dtype
         self._layers = [self._pack(weights, i) for i in range(spec.num_layers)]
+        self._head = weights.get("lm_head.weight", self._embed)
         self._norm, self._eps = weights["model.norm.weight"], spec.norm_eps
         cos, sin = cla.rope_tables(spec.max_positions, self._dim, spec.rope_theta)
         self._cos, self._sin = (t[context - 1].to("cuda", dtype) for t in (cos, sin))
@@ -181,7 +215,7 @@ class TorchStep:
             )
             branch = swiglu(x @ layer["gate_up"]) @ layer["down"]
         x, _ = add_norm(stream, branch, self._norm, self._eps)
-        return x @ self._embed.t()
+        return x @ self._head.t()
 
     def run(self, tokens: list[int]) -> Tensor:
         self._ids.copy_(torch.tensor(tokens))
@@ -291,20 +325,24 @@ def read_rates() -> list[float]:
 
 
 def show(
-    spec: ModelSpec, rows: list[dict[str, Any]], rate: float, args: argparse.Namespace
+    spec: ModelSpec,
+    weights: Weights,
+    rows: list[dict[str, Any]],
+    rate: float,
+    args: argparse.Namespace,
 ) -> None:
-    weights = 2 * spec.parameters()
     for row in rows:
         per_token = 4 * sum(
             h * d for h, d in zip(spec.layout.kv_heads, spec.layout.head_dim, strict=True)
         )
-        read = weights + row["batch"] * row["context"] * per_token
+        read = weights.whole + row["batch"] * (weights.row + row["context"] * per_token)
         row["floor_us"] = read / rate * 1e6
         row["share"] = row["floor_us"] / row["us"]
     place = {"gpu": torch.cuda.get_device_name(), "date": str(date.today()), "rate": rate}
     place |= {"torch": torch.__version__, "command": f"python {' '.join(sys.argv)}"}
     print(f"{place['date']}, {place['gpu']}, torch {place['torch']}; `{place['command']}`")
-    size = f"{spec.parameters() / 1e9:.2f} B parameters, {args.dtype}"
+    kind = f"{args.dtype}, {args.quantize} weights" if args.quantize else args.dtype
+    size = f"{spec.parameters() / 1e9:.2f} B parameters, {kind}"
     print(f"\n{size}; memory read at {rate / 1e9:.0f} GB/s\n")
     titles = ("batch / context", "floor us", "ONNX Runtime us", "share", "PyTorch us", "share")
     print(f"| {' | '.join((*titles, 'logits off', 'same token'))} |")

@@ -33,6 +33,7 @@ QUANTIZED = {  # rows of padded blocks too: 24 and 20 numbers
     "padded blocks": PLAIN,
 }
 DTYPES = ("fp16", "bf16")
+QUANTIZE = (None, "int8", "int4")
 
 
 @pytest.fixture(params=DTYPES)
@@ -60,7 +61,7 @@ def test_parity(zoo: Zoo, model: str, dtype: str, stock: bool) -> None:
     assert report.passed, (report.faults, failed)
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("quantize", QUANTIZE[1:])
 @pytest.mark.parametrize("model", QUANTIZED)
 def test_parity_of_quantised_weights(
     zoo: Zoo, model: str, quantize: str, dtype: str, stock: bool
@@ -71,9 +72,13 @@ def test_parity_of_quantised_weights(
     assert report.passed, (report.faults, failed)
 
 
-def test_captured_steps_give_what_plain_ones_do(zoo: Zoo, dtype: str, stock: bool) -> None:
+@pytest.mark.parametrize("quantize", QUANTIZE)
+def test_captured_steps_give_what_plain_ones_do(
+    zoo: Zoo, dtype: str, stock: bool, quantize: str | None
+) -> None:
     """Rows of different lengths, many steps: replays read lengths that capture never saw."""
-    bundle = zoo.bundle("onnxruntime", dtype, **PLAIN)
+    model = PLAIN | WIDE if quantize else PLAIN
+    bundle = zoo.bundle("onnxruntime", dtype, quantize, **model)
     made = []
     for graphs in (True, False):
         executor = opened(bundle, stock=stock, graphs=graphs, slots=3)
@@ -109,9 +114,11 @@ def test_greedy_tokens_are_those_of_the_logits(zoo: Zoo, dtype: str, stock: bool
     assert together.T.tolist() == one_by_one
 
 
-def test_rows_of_a_wide_batch(zoo: Zoo, dtype: str) -> None:
+@pytest.mark.parametrize("quantize", QUANTIZE)
+def test_rows_of_a_wide_batch(zoo: Zoo, dtype: str, quantize: str | None) -> None:
     """64 rows, 33, 8: kernels differ, logits agree with those of a row alone."""
-    bundle = zoo.bundle("onnxruntime", dtype, **PLAIN)
+    model = PLAIN | WIDE if quantize else PLAIN
+    bundle = zoo.bundle("onnxruntime", dtype, quantize, **model)
     executor = opened(bundle, stock=False, slots=66)
     for slot in range(66):
         executor.prefill(slot, [1 + slot % 7, 2, 3], 0)

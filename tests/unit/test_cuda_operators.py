@@ -8,15 +8,21 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from models_zoo import Zoo
+import torch
+from models_zoo import Zoo, make_spec
 
 from cla_export.compare.reading import read_bundle
 from cla_export.engines.cuda_operators import own_nodes
 from cla_export.graph_reading import read_graph
+from cla_export.lower import CUDA_PLUGIN, lower
+from cla_export.lower.quantize_weights import quantize_weights
+from cla_export.models import cla
 from cla_export.plugin import compile_cpu
 from cla_export.plugin.compile import compile_operators, compile_product
 from cla_export.plugin.plan import Gpu
 from cla_export.plugin.product import MOST_TOKENS, plan_product
+from cla_export.quantization import PACKED, SCALES, Quantization
+from cla_export.rewrite import rewrite
 
 H200 = Gpu((9, 0), 132, 227 * 1024, 228 * 1024)
 GEFORCE = Gpu((12, 0), 170, 99 * 1024, 100 * 1024)
@@ -25,8 +31,10 @@ PLAIN = {"kv_owner": (0, 0, 2, 2), "num_key_value_heads": 1}
 STRICT = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared")
 
 
-def graph_of(zoo: Zoo, dtype: str = "fp16", **model: object) -> ir.Graph:
-    path = zoo.bundle("onnxruntime", dtype, **model).cuda_plugin_graph
+def graph_of(
+    zoo: Zoo, dtype: str = "fp16", quantize: str | None = None, **model: object
+) -> ir.Graph:
+    path = zoo.bundle("onnxruntime", dtype, quantize, **model).cuda_plugin_graph
     assert path is not None
     return ir.load(path).graph
 
@@ -54,6 +62,49 @@ def test_a_plain_model(zoo: Zoo, dtype: str, domain: str) -> None:
         "norms: two a layer, one last"
     )
     assert sum(any(node.inputs[3:4]) for node in linears) == 8, "residuals: two a layer"
+
+
+@pytest.mark.parametrize(("quantize", "width"), [("int8", 32), ("int4", 16)])
+def test_quantised_weights(zoo: Zoo, quantize: str, width: int) -> None:
+    """Packed rows of several weights one after another, and their scales; nothing else differs."""
+    graph = graph_of(zoo, "fp16", quantize, **PLAIN)
+    plain = graph_of(zoo, "fp16", **PLAIN)
+    linears = {node.name: node for node in graph if node.op_type == "ClaLinear"}
+    as_before = {node.name: node for node in plain if node.op_type == "ClaLinear"}
+    assert linears.keys() == as_before.keys()
+    assert ours(graph) == ours(plain)
+    assert {node.domain for node in graph} == {node.domain for node in plain}
+    for name, node in linears.items():
+        packed, scales, whole = node.inputs[1], node.inputs[4], as_before[name].inputs[1]
+        assert packed is not None and scales is not None and whole is not None
+        rows, columns = whole.shape.numpy()
+        blocks = -(-columns // 32)
+        eight = name == "lm_head/ClaLinear"
+        assert list(packed.shape.numpy()) == [rows, blocks, 32 if eight else width]
+        assert list(scales.shape.numpy()) == [rows, blocks]
+        assert (packed.dtype, scales.dtype) == (ir.DataType.UINT8, ir.DataType.FLOAT16)
+        for i in (0, 2, 3):
+            before = as_before[name].inputs[i] if i < len(as_before[name].inputs) else None
+            assert (node.inputs[i] and node.inputs[i].name) == (before and before.name)
+        for part, suffix in ((packed, PACKED), (scales, SCALES)):
+            sources = [part] if part.producer() is None else part.producer().inputs
+            plain_sources = [whole] if whole.producer() is None else whole.producer().inputs
+            for source, of in zip(sources, plain_sources, strict=True):
+                held = "lm_head.weight" if eight else of.name
+                assert source.name == held + suffix
+    bundle = zoo.bundle("onnxruntime", "fp16", quantize, **PLAIN)
+    assert read_bundle(bundle, zoo.model(**PLAIN)).faults == []
+    own = ir.load(bundle.graph).graph.initializers
+    for name, value in graph.initializers.items():
+        if name.endswith((PACKED, SCALES)) and isinstance(value.const_value, ir.ExternalTensor):
+            assert value.const_value.offset == own[name].const_value.offset, "no second copy"
+
+
+def test_weights_that_are_quantised_are_counted(zoo: Zoo) -> None:
+    spec = make_spec(**PLAIN)
+    canonical = rewrite(zoo.trace(cla, spec, torch.float16), spec.layout).model
+    lowered = lower(CUDA_PLUGIN, canonical, spec.layout).model
+    assert quantize_weights(lowered, Quantization(8), spec.tied) == 2 * 7 + 2 * 5 + 1
 
 
 def test_sharing_weights_and_norms_are_read_from_it(zoo: Zoo) -> None:
@@ -108,39 +159,45 @@ def test_kernels_compile(capability: tuple[int, int], bf16: bool) -> None:
 
 
 @pytest.mark.parametrize("gpu", [H200, GEFORCE], ids=["H200", "GeForce"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_products_compile_and_fit(gpu: Gpu, bf16: bool) -> None:
+def test_products_compile_and_fit(gpu: Gpu, bits: int, bf16: bool) -> None:
     seen = set()
     for tokens in range(1, MOST_TOKENS + 1):
-        plan = plan_product(tokens, 2048, 2048, gpu, gated=False)
+        plan = plan_product(tokens, 2048, 2048, gpu, gated=False, bits=bits)
         if plan is None:
             assert tokens > 32 and gpu is GEFORCE
             continue
-        assert plan.tokens >= tokens and plan.shared_bytes < gpu.shared_per_block
+        assert plan.tokens >= tokens and plan.shared_bytes <= gpu.shared_per_block
+        assert plan.stages >= 2
         if plan.tokens not in seen:
-            assert compile_product(
-                bf16, plan.tokens, plan.stages, gpu.compute_capability, None
-            ).code
+            capability = gpu.compute_capability
+            assert compile_product(bf16, plan.tokens, plan.stages, capability, None, bits=bits).code
         seen.add(plan.tokens)
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_product_is_cut_alike_for_any_few_tokens(gated: bool) -> None:
+def test_a_product_is_cut_alike_for_any_few_tokens(gated: bool, bits: int) -> None:
     """So what a row of a batch gets does not depend on how many rows there are."""
-    for n, k in ((2304, 2048), (5472, 2048), (2048, 5472), (50304, 2048), (64, 8)):
-        plans = [plan_product(tokens, n, k, H200, gated=gated) for tokens in (1, 8, 9, 17, 32)]
+    for n, k in ((2304, 2048), (5472, 2048), (2048, 5472), (50304, 2048), (64, 32)):
+        plans = [
+            plan_product(tokens, n, k, H200, gated=gated, bits=bits) for tokens in (1, 8, 9, 17, 32)
+        ]
         assert len({(plan.clusters, plan.blocks) for plan in plans if plan is not None}) == 1
-        assert all(plan is not None and plan.blocks <= -(-k // 64) for plan in plans)
+        assert all(plan is not None and plan.blocks <= -(-k * bits // 1024) for plan in plans)
 
 
 def test_products_that_the_kernel_does_not_take() -> None:
-    for tokens, n, k, gpu in (
-        (65, 64, 64, H200),
-        (1, 64, 12, H200),
-        (1, 62, 64, H200),
-        (1, 64, 64, A100),
+    for tokens, n, k, gpu, bits in (
+        (65, 64, 64, H200, 16),
+        (1, 64, 12, H200, 16),
+        (1, 62, 64, H200, 16),
+        (1, 64, 64, A100, 16),
+        (1, 64, 40, H200, 8),
+        (64, 64, 64, GEFORCE, 4),  # two stages of its ring are more than a block has
     ):
-        assert plan_product(tokens, n, k, gpu, gated=False) is None
+        assert plan_product(tokens, n, k, gpu, gated=False, bits=bits) is None
 
 
 @pytest.mark.parametrize(
