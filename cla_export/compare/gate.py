@@ -146,7 +146,8 @@ def compare_bundle(
         plain = Reference.of(model, None, None).exact
         unquantized = perplexity(plain.logits, stream, report.length)
     with _torch_threads(model):
-        sides = _sides(bundle, checkpoint, model, stream, report)
+        rounds = executor is None or executor.rounds_activations
+        sides = _sides(bundle, checkpoint, model, stream, report, rounds=rounds)
         size = sum(parameter.numel() for parameter in model.parameters())
         setups = make_setups(bundle, positions, stream, seed, size, made_up=not whole_rows)
         held = _made_up(sides, stream, min(_HELD, positions), bundle.dtype)
@@ -374,8 +375,13 @@ def _sides(
     model: Decoder,
     stream: Sequence[int],
     report: ParityReport,
+    *,
+    rounds: bool,
 ) -> Reference:
-    """Both sides, with the weights that the bundle's stand for; faults go into the report."""
+    """Both sides, with the weights that the bundle's stand for; faults go into the report.
+
+    `rounds`: whatever runs it rounds activations to int8 before products with quantised weights.
+    """
     reading = read_bundle(bundle, model)
     report.faults += reading.faults
     use_quantized(model, reading)
@@ -385,7 +391,8 @@ def _sides(
         use_quantized(rounded, reading)
     scales, faults = find_scales(bundle, model, stream)
     report.faults += faults
-    how, experts = bundle.quantization, bundle.manifest.get("experts")
+    how = bundle.quantization if rounds else None
+    experts = bundle.manifest.get("experts")
     quantized = isinstance(experts, dict) and experts["operator"] == "QMoE"
     rounds_experts = quantized and how is not None and how.bits == _INT8
     return Reference.of(model, rounded, how, scales, rounds_experts=rounds_experts)

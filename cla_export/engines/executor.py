@@ -34,6 +34,7 @@ class Executor(Protocol):
     vocab_size: int
     reads_rows_at_once: bool  # whether several rows of prefill_rows take less time than one by one
     chunk: int  # tokens of a prompt that one call should have while other rows wait to decode
+    rounds_activations: bool  # to int8, where they are multiplied by quantised weights
 
     @property
     def chooser(self) -> "TokenChooser | None":
@@ -87,6 +88,7 @@ class PooledExecutor(ABC):
     backend: str
     reads_rows_at_once = True
     chunk = 64
+    rounds_activations = True
 
     def __init__(self, layout: KVLayout, capacity: int, slots: int, vocab_size: int) -> None:
         if capacity < 1 or slots < 1:

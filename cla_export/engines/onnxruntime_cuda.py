@@ -83,6 +83,7 @@ class OnnxRuntimeCudaExecutor(PooledExecutor):
 
     backend = "onnxruntime"
     reads_rows_at_once = False
+    rounds_activations = False  # MatMulNBits does so on a CPU alone
     chunk = 512  # fewer take as long: a call of so many is bound by what the host does for it
 
     def __init__(
