@@ -43,8 +43,8 @@ from cla_export.engines.executor import (
     capacity_of,
 )
 from cla_export.errors import BadInput, BundleError, MissingEnvironment, RunError
+from cla_export.graph_names import KEEP
 from cla_export.plugin import compile_cpu
-from cla_export.rewrite.keep_last_logits import KEEP
 from cla_export.sampling import Choice
 
 TOKENS = "tokens"  # output: the greedy choice of each row of logits
