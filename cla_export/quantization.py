@@ -133,8 +133,8 @@ def _quantizer() -> ModuleType:
         from onnxruntime.quantization import matmul_nbits_quantizer
     except ImportError as error:
         raise MissingEnvironment(
-            "onnxruntime is not installed, whose quantiser packs the weights; pip install "
-            "'cla-export[cpu]'"
+            f"onnxruntime's quantiser packs the weights, and cannot be imported: {error}; "
+            "pip install 'cla-export[cpu]'"
         ) from error
     root.handlers[:] = handlers
     root.setLevel(level)

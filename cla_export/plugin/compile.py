@@ -10,9 +10,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cla_export.errors import MissingEnvironment
+
+if TYPE_CHECKING:
+    from cla_export.plugin.product import ProductPlan
 
 SOURCE = Path(__file__).with_name("cla_attention.cu")
 NUMBERS = Path(__file__).with_name("decode_numbers.cu")  # comes before the next five
@@ -113,21 +116,15 @@ def compile_operators(
 
 def compile_product(
     bf16: bool,
-    tokens: int,
-    stages: int,
+    plan: "ProductPlan",
     compute_capability: tuple[int, int],
     cache: Path | None = CACHE,
-    *,
-    bits: int = 16,
 ) -> Any:  # noqa: ANN401
-    """Machine code of decode_product.cu for tiles of so many tokens; as `compile_kernel`.
-
-    `bits`: of the weight.
-    """
-    numbers = {"BF16": int(bf16), "BITS": bits, "TOKENS": tokens, "STAGES": stages}
-    tile = (PRODUCT_TILE,) if bits == 16 else (PRODUCT_TILE, PACKED_TILE)
-    macros = [(name, str(number)) for name, number in numbers.items()]
-    return _compiled(_program_of((NUMBERS, *tile, PRODUCT), macros, compute_capability), cache)
+    """Machine code of decode_product.cu for the plan's tile; as `compile_kernel`."""
+    tile = (PRODUCT_TILE,) if plan.bits == 16 else (PRODUCT_TILE, PACKED_TILE)
+    return _compiled(
+        _program_of((NUMBERS, *tile, PRODUCT), plan.macros(bf16), compute_capability), cache
+    )
 
 
 def compile_choice(

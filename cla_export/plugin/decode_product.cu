@@ -9,11 +9,10 @@
 
 constexpr int MOST_BLOCKS = 8;  // of a cluster
 #if BITS < 16 && TOKENS >= 32
-#define BOUNDS __launch_bounds__(THREADS, 2)  // with a few registers more there is room for one
+#define BOUNDS __launch_bounds__(THREADS, 256 / THREADS * 2)  // else wide tiles take registers that two have room for
 #else
 #define BOUNDS __launch_bounds__(THREADS)
 #endif
-
 #if __CUDA_ARCH__ >= 900
 DEVICE void meet_cluster() {
     __syncwarp();
@@ -58,39 +57,21 @@ product(const unsigned char* w, const u16* scales, const u16* x, const u16* resi
     const u32 ring = shared_address(shared);
     let_next_kernel_start();
 
-    auto stage_of = [&](int chunk) { return ring + (chunk - first_chunk) % STAGES * STAGE_BYTES; };
-    auto row_of = [&](int row) {  // of the weight, -1: none
+    auto row_of = [&](int row) {  // of the weight; where there is none, the last
         const int up = row >= made, at = first_row + row - (up ? made : 0);
-        return at < n ? (i64)(at + (up ? n : 0)) : -1ll;
+        return min(at, n - 1) + (up ? n : 0);
     };
-    auto fetch_weight = [&](int chunk) {
-        if (chunk >= last_chunk) return;
-        const int piece = threadIdx.x % PIECES, byte = chunk * 128 + piece * 16, row_bytes = k / 8 * BITS;
-        constexpr int AT_ONCE = THREADS / PIECES;
-        UNROLL for (int i = 0; i < ROWS / AT_ONCE; i++) {
-            const int row = i * AT_ONCE + threadIdx.x / PIECES;
-            const i64 at = row_of(row);
-            const bool there = at >= 0 && byte < row_bytes;
-            copy_async(stage_of(chunk) + place(row, piece), w + (there ? at * row_bytes + byte : 0), there);
-        }
-        fetch_scales(stage_of(chunk) + SCALES_AT, scales, chunk, k, row_of);
-    };
-    auto fetch_tokens = [&](int chunk) {
-        if (chunk >= last_chunk) return;
-        constexpr int PIECES_OF_TOKEN = CHUNK / 8, AT_ONCE = THREADS / PIECES_OF_TOKEN;
-        const int piece = threadIdx.x % PIECES_OF_TOKEN, column = chunk * CHUNK + piece * 8;
-        UNROLL for (int i = 0; i < (TOKENS + AT_ONCE - 1) / AT_ONCE; i++) {
-            const int token = i * AT_ONCE + threadIdx.x / PIECES_OF_TOKEN;
-            if (TOKENS % AT_ONCE && token >= TOKENS) break;
-            const bool there = token < tokens && column < k;
-            copy_async(stage_of(chunk) + TOKENS_AT + place_token(token, piece),
-                       x + (there ? (i64)token * k + column : 0), there);
-        }
-    };
-    UNROLL for (int i = 0; i < STAGES - 1; i++) fetch_weight(first_chunk + i);
+    WeightCopies weights(w, first_chunk, k / 8 * BITS, row_of);
+    ScaleCopies factors(scales, first_chunk, k, row_of);
+    TokenCopies columns(x, first_chunk, k);
+    UNROLL for (int i = 0; i < STAGES - 1; i++) {
+        if (first_chunk + i >= last_chunk) break;
+        weights.fetch(ring + i * STAGE_BYTES);
+        factors.fetch(ring + i * STAGE_BYTES);
+    }
     wait_for_previous_kernel();
     UNROLL for (int i = 0; i < STAGES - 1; i++) {
-        fetch_tokens(first_chunk + i);
+        if (first_chunk + i < last_chunk) columns.fetch(ring + i * STAGE_BYTES, tokens, k);
         commit_copies();
     }
 
@@ -101,15 +82,24 @@ product(const unsigned char* w, const u16* scales, const u16* x, const u16* resi
     if (residual && first_item < last_item && first_quad < n)
         before = ((const uint2*)residual)[((i64)(first_item / quads) * n + first_quad) / 4];
 
+    const Masks masks(tokens >> 31);
     float sums[SUMS] = {};
+    constexpr u32 LAST_STAGE = (STAGES - 1) * STAGE_BYTES;
+    u32 stage = ring;
     for (int chunk = first_chunk; chunk < last_chunk; chunk++) {
         wait_for_copies<STAGES - 2>();
+        columns.arrange(stage);
         finish_stage(sums);
         __syncthreads();
-        fetch_weight(chunk + STAGES - 1);
-        fetch_tokens(chunk + STAGES - 1);
+        if (chunk + STAGES - 1 < last_chunk) {
+            const u32 free = stage == ring ? ring + LAST_STAGE : stage - STAGE_BYTES;
+            weights.fetch(free);
+            factors.fetch(free);
+            columns.fetch(free, tokens, k);
+        }
         commit_copies();
-        multiply_stage(sums, stage_of(chunk), k);
+        multiply_stage(sums, stage, k, masks);
+        stage = stage == ring + LAST_STAGE ? ring : stage + STAGE_BYTES;
     }
     wait_for_copies<0>();
     finish_stage(sums);

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ class Launcher:
         self._device.set_current()
         self._cache = cache
         self._kernels: dict[Variant, tuple[Any, Any]] = {}
-        self._products: dict[tuple[int, int, int, str], Any] = {}
+        self._products: dict[tuple[ProductPlan, str], Any] = {}
         self._settings: dict[tuple[Any, ...], Settings] = {}
         self.tell: Callable[[Launched], None] | None = None  # of each kernel that was queued
         self._streams: dict[int, Any] = {}
@@ -175,15 +175,10 @@ class Launcher:
         plan has fewer than 16 bits, w is packed, as `quantization` describes it. Starts while the
         kernel in front still runs, if that allows it.
         """
-        key = plan.bits, plan.tokens, plan.stages, dtype
+        key = replace(plan, clusters=0, blocks=0), dtype
         if key not in self._products:
             module = compile_product(
-                dtype == "bfloat16",
-                plan.tokens,
-                plan.stages,
-                self.gpu.compute_capability,
-                self._cache,
-                bits=plan.bits,
+                dtype == "bfloat16", plan, self.gpu.compute_capability, self._cache
             )
             self._products[key] = module.get_kernel("product")
             self.allow_shared_memory(self._products[key], plan.shared_bytes)

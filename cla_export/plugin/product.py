@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from cla_export.plugin.plan import Gpu
 
 MOST_TOKENS = 64
-THREADS = 256
-WARP_GROUP_THREADS = 128
 BLOCK = 32  # columns that packed weights have a scale for
 _TILES = (8, 16, 32, 64)  # tokens
 _STAGES = {  # of a block's ring, by bits and by tokens of a tile; fewer where memory is short
@@ -26,7 +24,9 @@ class ProductPlan:
     """A kernel's tile and a launch: `clusters` of `blocks`, each with `shared_bytes`."""
 
     bits: int  # of the weight
+    rows: int
     tokens: int
+    warp_groups: bool  # that multiply, rather than warps
     stages: int
     clusters: int
     blocks: int
@@ -34,13 +34,25 @@ class ProductPlan:
     @property
     def shared_bytes(self) -> int:
         """The ring of a block."""
-        return self.stages * _stage_bytes(self.bits, self.tokens)
+        return self.stages * _stage_bytes(self.bits, self.rows, self.tokens)
 
     @property
     def threads(self) -> int:
-        """Of a block; tiles of 64 tokens are multiplied by a warp group, with 16 bits."""
-        warp_group = self.bits == 16 and self.tokens == MOST_TOKENS
-        return WARP_GROUP_THREADS if warp_group else THREADS
+        """Of a block: a warp for 16 rows, or two where they share columns."""
+        alone = self.bits < 16 or self.warp_groups
+        return self.rows * (2 if alone else 4)
+
+    def macros(self, bf16: bool) -> list[tuple[str, str]]:
+        """As the kernel's sources expect them."""
+        numbers = {
+            "BF16": int(bf16),
+            "BITS": self.bits,
+            "ROWS": self.rows,
+            "TOKENS": self.tokens,
+            "STAGES": self.stages,
+            "GROUPS": int(self.warp_groups),
+        }
+        return [(name, str(number)) for name, number in numbers.items()]
 
 
 def plan_product(
@@ -55,22 +67,21 @@ def plan_product(
     if not gpu.has_clusters or tokens > MOST_TOKENS or k % columns or n % 4:
         return None
     tile = next(size for size in _TILES if tokens <= size)
-    if bits == 16 and tile == MOST_TOKENS and gpu.compute_capability != (9, 0):
-        return None
-    stages = min(_STAGES[bits][tile], gpu.shared_per_block // _stage_bytes(bits, tile))
+    rows = 64 if bits == 16 else 128
+    warp_groups = tile == MOST_TOKENS
+    if warp_groups and gpu.compute_capability != (9, 0):
+        if bits == 16:
+            return None
+        warp_groups = False
+    stages = min(_STAGES[bits][tile], gpu.shared_per_block // _stage_bytes(bits, rows, tile))
     if stages < 2:
         return None
-    clusters = -(-n // (_rows(bits) // 2 if gated else _rows(bits)))
+    clusters = -(-n // (rows // 2 if gated else rows))
     wide = bits == 16 and tile == MOST_TOKENS
     aim = gpu.multiprocessors * (_WIDE_BLOCKS if wide else _BLOCKS)
     chunks = -(-k // _chunk(bits))
     blocks = max(1, min(_MOST_BLOCKS, chunks, round(aim / clusters)))
-    return ProductPlan(bits, tile, stages, clusters, blocks)
-
-
-def _rows(bits: int) -> int:
-    """Of a weight, in a tile."""
-    return 64 if bits == 16 else 128
+    return ProductPlan(bits, rows, tile, warp_groups, stages, clusters, blocks)
 
 
 def _chunk(bits: int) -> int:
@@ -78,6 +89,7 @@ def _chunk(bits: int) -> int:
     return _ROW_BYTES * 8 // bits
 
 
-def _stage_bytes(bits: int, tokens: int) -> int:
+def _stage_bytes(bits: int, rows: int, tokens: int) -> int:
     scales = 0 if bits == 16 else (_chunk(bits) // BLOCK // 2 + 1) * 4
-    return _rows(bits) * (_ROW_BYTES + scales) + tokens * _chunk(bits) * 2
+    used = rows * (_ROW_BYTES + scales) + tokens * _chunk(bits) * 2
+    return -(-used // 1024) * 1024

@@ -29,7 +29,7 @@ EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class Weight:
-    """A random packed weight, and what it stands for."""
+    """A random packed weight, and what it stands for, each number rounded to 16 bits."""
 
     packed: Tensor
     scales: Tensor
@@ -46,7 +46,7 @@ def weight_of(rows: int, columns: int, bits: int, kind: torch.dtype) -> Weight:
         numbers = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
     steps = numbers.float() - 2 ** (bits - 1)
     whole = (steps * scales.float()[..., None]).flatten(-2)[:, :columns]
-    return Weight(packed, scales, whole)
+    return Weight(packed, scales, whole.to(kind).float())
 
 
 def expected(x: Tensor, weight: Weight, *, gated: bool) -> tuple[Tensor, Tensor]:
@@ -157,8 +157,7 @@ def test_as_an_operator(
 ) -> None:
     """Few tokens and many, padded blocks too, with a norm and a residual; twice the same.
 
-    Products are of order 1. Norms may round to the other side, and many tokens take weights that
-    were rounded to 16 bits.
+    Products are of order 1. Norms may round to the other side.
     """
     torch.manual_seed(0)
     (n, k), kind = shape, DTYPES[dtype]

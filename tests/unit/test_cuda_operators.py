@@ -172,7 +172,7 @@ def test_products_compile_and_fit(gpu: Gpu, bits: int, bf16: bool) -> None:
         assert plan.stages >= 2
         if plan.tokens not in seen:
             capability = gpu.compute_capability
-            assert compile_product(bf16, plan.tokens, plan.stages, capability, None, bits=bits).code
+            assert compile_product(bf16, plan, capability, None).code
         seen.add(plan.tokens)
 
 
