@@ -77,8 +77,20 @@ class TokenChooser(Protocol):
     def end_decode(self) -> list[int | None]:
         """Those tokens, when they are there; None for a row that is not numbers."""
 
+    def prefill_and_choose(
+        self,
+        first: int,
+        rows: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        choices: Sequence["Choice"],
+    ) -> list[int | None]:
+        """Append the ends of prompts to consecutive slots that hold `starts`: their first tokens.
+
+        None for a row that is not numbers.
+        """
+
     def logits_of(self, row: int) -> Logits:
-        """Logits [V] of a row of that step, until the next begins."""
+        """Logits [V] of a row of the tokens that were given last, until something else runs."""
 
 
 class PooledExecutor(ABC):
@@ -124,12 +136,18 @@ class PooledExecutor(ABC):
     def _step(
         self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int], keep: int
     ) -> Logits:
+        return self._run(first, *self._batch(first, rows, starts), keep)
+
+    def _batch(
+        self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Checked rows: input_ids [B, S], padded on the right, starts [B] and counts [B]."""
         self._check_rows(first, rows, starts)
         counts = np.array([len(row) for row in rows], np.int64)
-        input_ids = np.zeros((len(rows), int(counts.max())), np.int64)  # padded on the right
+        input_ids = np.zeros((len(rows), int(counts.max())), np.int64)
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = row
-        return self._run(first, input_ids, np.array(starts, np.int64), counts, keep)
+        return input_ids, np.array(starts, np.int64), counts
 
     def _check_rows(self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
         if not rows:

@@ -67,10 +67,10 @@ def open_executor(
     if engine is not None and backend not in FLAVOURS:
         raise BadInput(f"{engine}: {backend} takes no engine; engines are of {', '.join(FLAVOURS)}")
     if backend == "onnxruntime":
-        from cla_export.engines import onnxruntime_cuda
+        from cla_export.engines import gpu_graph, onnxruntime_cuda
         from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 
-        if onnxruntime_cuda.takes(bundle):
+        if gpu_graph.takes(bundle):
             on_gpu = onnxruntime_cuda.OnnxRuntimeCudaExecutor
             return on_gpu(bundle, capacity=capacity, slots=slots or 1)
         return OnnxRuntimeExecutor(bundle, capacity=capacity, slots=slots or 1, threads=threads)

@@ -9,7 +9,7 @@ import torch  # noqa: F401  # before ONNX Runtime: it brings the CUDA libraries
 from models_zoo import Zoo
 
 from cla_export.draw import Scratch
-from cla_export.engines import onnxruntime_cuda
+from cla_export.engines import gpu_graph
 from cla_export.engines.cuda_memory import CudaMemory
 from cla_export.engines.device_chooser import DeviceChooser
 from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
@@ -153,7 +153,7 @@ def test_a_vocabulary_that_is_too_large(memory: CudaMemory) -> None:
         chooser_of(memory, "float16", 1 << 21)
 
 
-@pytest.mark.skipif(not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu")
+@pytest.mark.skipif(not gpu_graph.available(), reason="no GPU, or no onnxruntime-gpu")
 def test_slots_behind_the_rows_are_left_alone(zoo: Zoo) -> None:
     """A step of nine rows is captured as one of twelve."""
     bundle = zoo.bundle("onnxruntime", "fp16", kv_owner=(0, 0, 2, 2), num_key_value_heads=1)
@@ -172,7 +172,7 @@ def test_slots_behind_the_rows_are_left_alone(zoo: Zoo) -> None:
     assert np.abs(exact - logits).max() < 3e-3 * np.abs(exact).max()
 
 
-@pytest.mark.skipif(not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu")
+@pytest.mark.skipif(not gpu_graph.available(), reason="no GPU, or no onnxruntime-gpu")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("stock", [False, True])
 def test_an_executor_chooses_by_its_own_logits(zoo: Zoo, dtype: str, stock: bool) -> None:

@@ -160,12 +160,12 @@ def test_the_simulation_keeps_the_rules(make, portable: Bundle):
         memory.download(next(iter(memory.blocks)) - 8, np.zeros(1, np.int64))
     for step in range(2):
         ours.decode([0], [1], [step])
-    ours._bind(ours._steps[1], 1, 1, 1, 1)
+    ours._bind(ours._steps[1], 1, (1, 1), 1, ours._stepped.address)
     with pytest.raises(AssertionError, match="a captured context was changed"):
         ours.decode([0], [1], [2])
     ours = make()
     call = ours._new_call(0, fixed=True)
-    ours._bind(call, 0, 2, 1, 1)
+    ours._bind(call, 0, (2, 1), 1, ours._stepped.address)
     with pytest.raises(AssertionError, match="before it ran"):
         call.capture(ours._memory.stream, ours._memory.capture)
 
