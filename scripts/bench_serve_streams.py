@@ -68,6 +68,12 @@ class Sleeping(PooledExecutor):
         base, size = 7919 * self._step_number, self.vocab_size // 2
         return [self.vocab_size // 4 + (base + 31 * row) % size for row in range(self._rows)]
 
+    def prefill_and_choose(
+        self, _first: int, rows: Sequence[Any], _starts: Sequence[int], _choices: Sequence[Choice]
+    ) -> list[int | None]:
+        time.sleep(self._seconds)
+        return [self.vocab_size // 4] * len(rows)
+
     def logits_of(self, row: int) -> Logits:
         raise NotImplementedError(f"row {row}: no request of this benchmark asks for logprobs")
 
