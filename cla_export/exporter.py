@@ -28,7 +28,7 @@ from cla_export.bundle import (
 )
 from cla_export.errors import BadInput
 from cla_export.genai import genai_config
-from cla_export.layout import DTYPE_BITS, KVLayout
+from cla_export.layout import DTYPE_BITS, DTYPES, KVLayout
 from cla_export.lower import check_target
 from cla_export.models.checkpoint import Checkpoint, open_checkpoint
 from cla_export.quantization import Quantization
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from cla_export.lower import Lowered
 
 KV_CACHES = ("int8",)
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ATTENTION = ("auto", "native", "plugin")
 _ATTENTION_KEYS = {  # of each group
     CPU_GRAPH: "cpu_attention",

@@ -46,20 +46,21 @@ def read_scales(graph: Path, layout: KVLayout) -> list[Scales]:
 
     Raises BundleError where the graph lacks one, or it has another shape.
     """
-    import onnx_ir as ir
+    import onnx
 
-    initializers = ir.load(graph).graph.initializers
+    model = onnx.load(graph, load_external_data=False)
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
 
     def scale(group: Group, part: Part) -> Floats:
         name = scale_name(group.index, part)
-        tensor = initializers[name].const_value if name in initializers else None
+        tensor = initializers.get(name)
         shape = (1, group.kv_heads, 1, group.head_dim)
-        if tensor is None or tuple(tensor.shape) != shape:
+        if tensor is None or tuple(tensor.dims) != shape:
             raise BundleError(
                 f"{graph}: bundle.json says that its caches are int8, but the graph has no {name} "
                 f"of shape {list(shape)}; export again"
             )
-        values: Floats = tensor.numpy()[0].copy()
+        values: Floats = onnx.numpy_helper.to_array(tensor)[0].copy()
         return values
 
     return [(scale(group, "key"), scale(group, "value")) for group in layout.groups]

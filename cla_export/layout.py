@@ -18,6 +18,7 @@ DTYPE_BITS: Mapping[str, int] = {
     "float8_e4m3fn": 8, "float8_e5m2": 8, "fp8": 8, "int8": 8,
     "int4": 4,
 }  # fmt: skip
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of a model, as options say
 FIELDS = ("kv_owner", "kv_heads", "head_dim", "window")
 Remainder = Literal["first", "last"]
 T = TypeVar("T")

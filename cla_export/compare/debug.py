@@ -35,9 +35,9 @@ from cla_export.compare.report import DebugFiles, ParityReport
 from cla_export.compare.runners import held_before
 from cla_export.compare.thresholds import Threshold
 from cla_export.errors import BadInput
+from cla_export.graph_names import KEEP
 from cla_export.kv_scales import PARTS, to_int8
 from cla_export.linked_weights import read_in_place
-from cla_export.rewrite.keep_last_logits import KEEP
 
 _SCRIPT = '''"""Each output may be off by this much; cla-export parity derived it for this call."""
 

@@ -19,12 +19,12 @@ from torch import nn
 
 from cla_export.bundle import Bundle
 from cla_export.errors import GraphError
+from cla_export.graph_names import ALL, KEEP
 from cla_export.graph_reading import read_graph
 from cla_export.interleaving import INTERLEAVED, interleave, separate
 from cla_export.linked_weights import read_in_place
 from cla_export.models.decoder import Decoder
 from cla_export.quantization import PACKED, SCALES, Quantization
-from cla_export.rewrite.keep_last_logits import ALL, KEEP
 
 _RESEMBLES = 0.05  # of the mean magnitude
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

@@ -16,7 +16,7 @@ import numpy as np
 from cla_export.engines.cuda_memory import Memory
 from cla_export.engines.cuda_notes import Call, Copied, Multiplied, Notes
 from cla_export.errors import MissingEnvironment, RunError
-from cla_export.lower.cuda_operators import DOMAINS
+from cla_export.graph_names import OWN_DOMAINS
 from cla_export.plugin.compile import compile_operators
 from cla_export.plugin.contract import Problem
 from cla_export.plugin.launch import Launched, Launcher, Pointers, ProductPointers
@@ -52,7 +52,7 @@ def own_nodes(graph: Path) -> dict[int, dict[str, Any]]:
     return {
         node.attributes.get_int("node"): {key: attr.value for key, attr in node.attributes.items()}
         for node in ir.load(graph).graph
-        if node.domain in DOMAINS.values()
+        if node.domain in OWN_DOMAINS.values()
     }
 
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from cla_export.engines.cuda_memory import Memory
 from cla_export.engines.executor import Array, Cache
+from cla_export.graph_names import KEEP
 from cla_export.layout import KVLayout
-from cla_export.rewrite.keep_last_logits import KEEP
 
 _ALIGNED = 256  # bytes
 

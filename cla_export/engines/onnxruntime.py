@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from cla_export.bundle import GRAPH, MANIFEST, Bundle
 from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor, capacity_of
 from cla_export.errors import BadInput, BundleError, MissingEnvironment, RunError
+from cla_export.graph_names import KEEP
 from cla_export.kv_scales import from_int8, read_scales, to_int8
 from cla_export.layout import KVLayout
 from cla_export.plugin import compile_cpu
-from cla_export.rewrite.keep_last_logits import KEEP
 
 if TYPE_CHECKING:
     import onnx

@@ -30,7 +30,7 @@ from cla_export.engines.gpu_executor import GpuExecutor
 from cla_export.engines.gpu_graph import graph_of
 from cla_export.engines.prompt_calls import PromptCall, plan_prompts
 from cla_export.errors import BadInput
-from cla_export.rewrite.keep_last_logits import KEEP
+from cla_export.graph_names import KEEP
 
 TOKENS = "tokens"  # output: the greedy choice of each row of logits
 _CHUNK = 2048  # prompt tokens of one call

@@ -31,7 +31,7 @@ from cla_export.engines.prompt_calls import PromptCall, plan_prompts
 from cla_export.engines.tensorrt_build import Built, find_engine, open_engine
 from cla_export.engines.tensorrt_runtime import Loaded, load_engine
 from cla_export.errors import BadInput, RunError
-from cla_export.rewrite.keep_last_logits import KEEP
+from cla_export.graph_names import KEEP
 
 DECODE, PREFILL = 0, 1  # profiles, in the order of the build
 _ALIGNED = 256  # bytes

@@ -44,7 +44,7 @@ from cla_export.bundle import (
 from cla_export.engines.rtx_wheel import rtx_library, rtx_link
 from cla_export.environment import nvidia_gpus
 from cla_export.errors import BadInput, BundleError, CheckFailed, MissingEnvironment
-from cla_export.exporter import DTYPES
+from cla_export.layout import DTYPES
 
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavour -> Python module
 ENGINE = "model.engine"
@@ -279,8 +279,8 @@ def fixed_graph(bundle: Bundle, capacity: int) -> bytes:
     import onnx_ir as ir
     from onnx_ir.passes.common import InlinePass
 
+    from cla_export.graph_names import KEEP
     from cla_export.lower.tensorrt_lint import check
-    from cla_export.rewrite.keep_last_logits import KEEP
 
     model = ir.load(bundle.graph)
     if model.functions:  # the lint reads one graph

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from cla_export.graph_names import OWN_DOMAINS
 from cla_export.layout import Group, KVLayout
 from cla_export.lower import cla_attention, onnxruntime_cuda
 from cla_export.lower.fuse_rounded_rotary import fuse_rounded_rotary
@@ -26,7 +27,7 @@ from cla_export.rewrite.simplify import drop_unused
 from cla_export.rewrite.thread_caches import GROUP
 from cla_export.rewrite.values import attention_nodes, heads_and_dim, producer
 
-DOMAINS = {ir.DataType.FLOAT16: "cla.float16", ir.DataType.BFLOAT16: "cla.bfloat16"}
+_DTYPES = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 _CHUNK = 8  # numbers of a load: products are over multiples of it
 
 
@@ -46,9 +47,9 @@ def use_cuda_operators(model: ir.Model, layout: KVLayout) -> bool:
     """Rewrite what matches in a canonical graph; whether attention did, of all groups or none."""
     graph = model.graph
     dtype = next(value.dtype for value in graph.inputs if value.name == "past_key_values.0.key")
-    if dtype not in DOMAINS:
+    if dtype not in _DTYPES:
         return False
-    rewriter = _Rewriter(model, DOMAINS[dtype])
+    rewriter = _Rewriter(model, OWN_DOMAINS[_DTYPES[dtype]])
     attentions = attention_nodes(graph)
     groups = [(group, [attentions[layer] for layer in group.layers]) for group in layout.groups]
     done = all(rewriter.matches(group, nodes) for group, nodes in groups)

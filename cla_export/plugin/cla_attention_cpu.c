@@ -750,6 +750,7 @@ static void multiply_many(void *data, size_t index) {
     for (; row + PANEL_ROWS <= last; row += PANEL_ROWS) {
       int c = start;
       for (; c + PANELS <= stop; c += PANELS) cross(p, row, c, from, to, PANEL_ROWS, PANELS);
+      for (; c + 2 <= stop; c += 2) cross(p, row, c, from, to, PANEL_ROWS, 2);
       for (; c < stop; c++) cross(p, row, c, from, to, PANEL_ROWS, 1);
     }
     for (; row < last; row++)

@@ -17,11 +17,10 @@ Cases:
 import numpy as np
 import onnx_ir as ir
 
+from cla_export.graph_names import ALL, KEEP
 from cla_export.rewrite.builder import Builder, named_constant
 from cla_export.rewrite.report import PassReport
 
-KEEP = "logits_to_keep"
-ALL = 2**31 - 1
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity")
 
 

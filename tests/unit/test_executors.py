@@ -1,5 +1,7 @@
 """Executors: every way of driving the caches gives the same logits, and the same memory is used."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -328,3 +330,19 @@ def test_a_graph_that_is_none(zoo: Zoo, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot open it") as caught:
         OnnxRuntimeExecutor(broken)
     assert "model.onnx" in str(caught.value)
+
+
+def test_running_a_bundle_loads_no_library_of_graphs(zoo: Zoo) -> None:
+    """They would weigh 50 MiB, and a server would start a third of a second later."""
+    code = (
+        "import sys, cla_export.serve.server, cla_export.benchmark\n"
+        "from cla_export.bundle import open_bundle\n"
+        "from cla_export.engines.opening import open_executor\n"
+        "open_executor(open_bundle(sys.argv[1])).decode([0], [1], [0])\n"
+        "heavy = 'torch', 'onnx', 'onnx_ir', 'onnxscript', 'sympy', 'matplotlib'\n"
+        "print([module for module in heavy if module in sys.modules])"
+    )
+    folder = str(zoo.bundle("onnxruntime", **MIXED).folder)
+    command = [sys.executable, "-c", code, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
