@@ -6,7 +6,7 @@ step: one that would write outside its slot fails alone, before anything is comp
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -70,9 +70,12 @@ class TokenChooser(Protocol):
         slots: Sequence[int],
         tokens: Sequence[int],
         lengths: Sequence[int],
-        choices: Sequence["Choice"],
+        choices: Iterable["Choice"],
     ) -> None:
-        """Start a step as `decode` is, and the choice of each row's next token."""
+        """Start a step as `decode` is, and the choice of each row's next token.
+
+        It may run already when the choices are asked for.
+        """
 
     def end_decode(self) -> list[int | None]:
         """Those tokens, when they are there; None for a row that is not numbers."""
@@ -82,7 +85,7 @@ class TokenChooser(Protocol):
         first: int,
         rows: Sequence[Sequence[int]],
         starts: Sequence[int],
-        choices: Sequence["Choice"],
+        choices: Iterable["Choice"],
     ) -> list[int | None]:
         """Append the ends of prompts to consecutive slots that hold `starts`: their first tokens.
 

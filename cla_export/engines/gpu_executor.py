@@ -97,14 +97,13 @@ class GpuExecutor(PooledExecutor):
         slots: Sequence[int],
         tokens: Sequence[int],
         lengths: Sequence[int],
-        choices: Sequence[Choice],
+        choices: Iterable[Choice],
     ) -> None:
         """As `TokenChooser.begin_decode`. Errors as for `decode`."""
         chooser = self._stepped.chooser
         assert chooser is not None
-        first = self._check_decode(slots, tokens, lengths)
-        chooser.prepare(choices)
-        self._queue_wider_step(first, tokens, lengths)
+        self._queue_wider_step(self._check_decode(slots, tokens, lengths), tokens, lengths)
+        chooser.prepare(choices)  # while the step runs
         chooser.choose(self._stepped.address, len(slots))
 
     def end_decode(self) -> list[int | None]:
@@ -116,15 +115,14 @@ class GpuExecutor(PooledExecutor):
         first: int,
         rows: Sequence[Sequence[int]],
         starts: Sequence[int],
-        choices: Sequence[Choice],
+        choices: Iterable[Choice],
     ) -> list[int | None]:
         """As `TokenChooser.prefill_and_choose`. Errors as for `prefill`."""
         chooser = self._prompted.chooser
         assert chooser is not None
-        batch = self._batch(first, rows, starts)
-        chooser.prepare(choices)
-        for source, take in self._read_prompts(first, *batch, 1):
+        for source, take in self._read_prompts(first, *self._batch(first, rows, starts), 1):
             self._memory.copy(source, self._prompted.row(take.row), self._prompted.row_bytes)
+        chooser.prepare(choices)  # while they are read
         chooser.choose(self._prompted.address, len(rows))
         return self._tokens_by(self._prompted)
 

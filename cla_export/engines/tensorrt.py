@@ -12,7 +12,7 @@ TensorRT's rules that this file keeps (developer guide, "CUDA Graphs" and "Dynam
     3. After a change of shapes a context must run once before it is captured.
     4. A cache and what is written into it have one address.
     5. Inputs that shapes are computed from lie in host memory, and hold their values from before
-       the shapes are inferred until the call has run.
+       the shapes are inferred until the call has run: there is one for each value.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +99,7 @@ class TensorRTExecutor(GpuExecutor):
         self._inputs_at = self._memory.allocate(self._inputs.size)
         self._prefill = self._new_call(PREFILL, fixed=False)
         self._elsewhere = self._new_call(DECODE, fixed=False)  # decode from a later slot on
+        self._keeps: dict[int, NDArray[np.int64]] = {}
         self._steps: dict[int, _Call] = {}  # rows -> decode of the first slots
 
     @property
@@ -122,7 +123,7 @@ class TensorRTExecutor(GpuExecutor):
         kept: int,
         logits: int,
     ) -> None:
-        self._feed(input_ids, starts, kept)  # once the call before has run: rule 5
+        self._feed(input_ids, starts, kept)
         self._bind(self._prefill, first, input_ids.shape, kept, logits)
         self._prefill.run(self._memory.stream)
 
@@ -154,7 +155,6 @@ class TensorRTExecutor(GpuExecutor):
     ) -> None:
         """Give a context the shapes and addresses of a call; `ids` is the shape of its tokens."""
         context, rows = call.context, ids[0]
-        call.keep[...] = kept
         shapes: dict[str, tuple[int, ...]] = {
             "input_ids": ids,
             "write_indices": (rows,),
@@ -168,7 +168,7 @@ class TensorRTExecutor(GpuExecutor):
             at = pool.address(first)
             addresses[f"past_key_values.{name}"] = addresses[f"present.{name}"] = at  # rule 4
         if self._engine.get_tensor_location(KEEP).name == "HOST":
-            addresses[KEEP] = call.keep.ctypes.data  # rule 5
+            addresses[KEEP] = self._keeps.setdefault(kept, np.array(kept)).ctypes.data  # rule 5
         else:
             addresses[KEEP] = self._inputs_at + self._inputs.offsets[KEEP]
         addresses["logits"] = logits
@@ -213,7 +213,6 @@ class _Call:
     def __init__(self, context: Any, where: str) -> None:  # noqa: ANN401
         self.context = context
         self.where = where
-        self.keep = np.ones((), np.int64)
         self.runs = 0
         self._graph: Work | None = None
 

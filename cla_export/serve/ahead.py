@@ -51,14 +51,14 @@ class Ahead:
             for s in rows
         ]
         self.rows, self.began = [], self._clock()
-        choices = [sequence.sampler.next_choice() for sequence in rows]
+        choices = (sequence.sampler.next_choice() for sequence in rows)
         lengths = [sequence.length for sequence in rows]
         self._chooser.begin_decode(range(len(rows)), tokens, lengths, choices)
         self.rows = list(rows)
 
     def read_prompts(self, rows: Many[Sequence], pieces: Many[Many[int]]) -> dict[Sequence, Landed]:
         """Read the last pieces of prompts into slots that follow each other: their first tokens."""
-        choices = [sequence.sampler.next_choice() for sequence in rows]
+        choices = (sequence.sampler.next_choice() for sequence in rows)
         starts = [sequence.length for sequence in rows]
         tokens = self._chooser.prefill_and_choose(rows[0].slot, pieces, starts, choices)
         return self._land(rows, tokens, frozenset(rows))

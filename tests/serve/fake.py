@@ -4,7 +4,7 @@ Its cache is the tokens themselves: a copy that is wrong, or a length, gives oth
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +89,7 @@ class FakeDevice(FakeExecutor):
         slots: Sequence[int],
         tokens: Sequence[int],
         lengths: Sequence[int],
-        choices: Sequence[Choice],
+        choices: Iterable[Choice],
     ) -> None:
         self._chosen = None
         self._step_logits = self.decode(slots, tokens, lengths)
@@ -106,13 +106,13 @@ class FakeDevice(FakeExecutor):
         first: int,
         rows: Sequence[Sequence[int]],
         starts: Sequence[int],
-        choices: Sequence[Choice],
+        choices: Iterable[Choice],
     ) -> list[int | None]:
         self._given = self._step(first, rows, starts, 1)[:, 0]
         self.first_tokens += len(rows)
         return self._choose(self._given, choices)
 
-    def _choose(self, logits: Logits, choices: Sequence[Choice]) -> list[int | None]:
+    def _choose(self, logits: Logits, choices: Iterable[Choice]) -> list[int | None]:
         return [
             pick_by(choice, row, Scratch(self.vocab_size)) if np.isfinite(row.max()) else None
             for choice, row in zip(choices, logits, strict=True)
