@@ -192,7 +192,7 @@ class Staging:
         if self._used + size > len(self._room):
             self.wait()
             if size > len(self._room):
-                self._owner, self._room = self._pin(max(2 * size, _LEAST_STAGED))
+                self._owner, self._room = self._pin(max(size, _LEAST_STAGED))
         begin = self._used
         self._used = begin + -(-size // _ALIGNED) * _ALIGNED
         return self._room[begin : begin + size]

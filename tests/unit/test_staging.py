@@ -54,4 +54,4 @@ def test_many_small_copies_wait_for_nothing_and_a_large_one_makes_room() -> None
     assert copies.waited == waited
     assert len(staging.part(3 * _LEAST_STAGED)) == 3 * _LEAST_STAGED
     assert copies.waited == waited + 1
-    assert copies.pinned == [_LEAST_STAGED, 6 * _LEAST_STAGED]
+    assert copies.pinned == [_LEAST_STAGED, 3 * _LEAST_STAGED]
