@@ -23,8 +23,8 @@ from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
 from cla_export.errors import BadInput
 from cla_export.sampling import Sampler, SamplingParams, choose
 
-TOGETHER = {"kv_owner": (0, 0, 2), "head_dim": 10}
-BY_ROW = {"kv_owner": (0, 0, 2)}
+TOGETHER = {"kv_owner": (0, 0), "head_dim": 10, "sliding_window": 4}
+BY_ROW = {"kv_owner": (0, 0, 2, 2)}
 CAPACITY, SLOTS = 48, 5
 CLOSE = 5e-2  # of logits of order 5 to 10, in float16: see test_onnxruntime_cuda.py
 
