@@ -497,15 +497,17 @@ def test_a_device_chooses_first_tokens_too():
 
     Not by logits that come to the host in any case, and nothing where no token is wanted.
     """
-    drawn = SamplingParams(temperature=1.0, top_p=0.9, seed=3)
     lengths = (2, 1, 3 * CHUNK + 1, 2 * CHUNK, 3)
+    drawn = [SamplingParams(temperature=1.0, top_p=0.9, seed=seed) for seed in range(6)]
     asked = [
-        Request(prompt(n, 99), 6, drawn, logprobs=i % 2 or None) for i, n in enumerate(lengths)
+        Request(prompt(n, 99), 6, params, logprobs=params.seed % 2 or None)
+        for n, params in zip(lengths, drawn, strict=False)
     ]
-    asked += [Request(prompt(7), 6, drawn, prompt_logprobs=1), Request(prompt(6), 0)]
+    asked += [Request(prompt(7), 6, drawn[-1], prompt_logprobs=1), Request(prompt(6), 0)]
     device, host = FakeDevice(2), FakeExecutor(1)
     bench = Bench(device)
     there = bench.run(*asked)
+    assert device.calls[0] == (0, [0, 0], [2, 1])
     assert device.first_tokens == len(lengths)
     assert any(output.finish.cached_tokens for output in there)
     for output, request in zip(there, asked, strict=True):
