@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cla_export.plugin.plan import Gpu
+from cla_export.plugin.gpu import Gpu
 
 MOST_TOKENS = 64
 THREADS = 256

@@ -15,7 +15,7 @@ from cla_export.engines.cuda_operators import own_nodes
 from cla_export.graph_reading import read_graph
 from cla_export.plugin import compile_cpu
 from cla_export.plugin.compile import compile_operators, compile_product
-from cla_export.plugin.plan import Gpu
+from cla_export.plugin.gpu import Gpu
 from cla_export.plugin.product import MOST_TOKENS, plan_product
 
 H200 = Gpu((9, 0), 132, 227 * 1024, 228 * 1024)
