@@ -38,8 +38,8 @@ from cla_export.serve.sequence import Sequence
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROMPT, ANSWERS = 192, (16, 112)  # tokens; of answers, from and to
 SIZES = [(1, 8), (1, 64), (2, 8), (4, 8), (8, 8), (2, 16), (4, 16), (2, 32)]  # prompts, of tokens
-GPU_SIZES = [(1, 8), (1, 64), (1, 512), (1, 2048), (2, 8), (8, 8), (2, 64), (8, 64)]
-GPU_CAPACITY = 4096
+GPU_SIZES = [(1, 8), (1, 64), (1, 512), (1, 2048), (1, 16384), (2, 8), (8, 8), (2, 64), (8, 64)]
+GPU_CAPACITY = 16500
 GREEDY = Choice(SamplingParams())
 
 Clock = Callable[[], float]
