@@ -3,6 +3,7 @@
     python scripts/bench_attention.py                  a Markdown table, every contender checked
     python scripts/bench_attention.py --dtype bfloat16 --only '16/4*'
     python scripts/bench_attention.py --sweep          the kernel's layouts instead of its peers
+    python scripts/bench_attention.py --rows 34x16384 1x16384+63x1024      cells of your own
 
 A CUDA graph holds many nodes, each with a cache of its own, so that the L2 cache is cold; a cell
 is the median over replays, per node. "Share" is the rate at which keys and values are read, over
@@ -32,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from cla_export.plugin.cases import Case, speed_cases
+from cla_export.plugin.cases import Case, speed_case, speed_cases
 from cla_export.plugin.launch import Launcher, torch_attention
 from cla_export.plugin.plan import Plan, make_plan
 from cla_export.plugin.reference import torch_reference
@@ -65,6 +66,12 @@ def main() -> int:
     )
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--only", default="*", metavar="GLOB", help="cells, by name")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="NxTOKENS[+...]",
+        help="rows of 16 heads on one, in their place",
+    )
     parser.add_argument("--sweep", action="store_true", help="time the kernel's layouts")
     parser.add_argument("--no-flex", action="store_true", help="skip flex_attention (it compiles)")
     parser.add_argument(
@@ -74,7 +81,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench_attention.py needs an NVIDIA GPU and a CUDA build of PyTorch", file=sys.stderr)
         return 3
-    cells = [c for c in speed_cases(dtype=args.dtype) if fnmatchcase(c.name, args.only)]
+    cells = [case_of(text, args.dtype) for text in args.rows or ()]
+    cells = cells or [c for c in speed_cases(dtype=args.dtype) if fnmatchcase(c.name, args.only)]
     if not cells:
         parser.error(f"--only {args.only!r} matches no cell")
     launcher = Launcher()
@@ -98,6 +106,13 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def case_of(rows: str, dtype: str) -> Case:
+    """Rows such as 1x16384+63x1024, 16 query heads on one."""
+    parts = [part.split("x") for part in rows.split("+")]
+    lengths = [int(tokens) for count, tokens in parts for _ in range(int(count))]
+    return speed_case(16, 1, tuple(lengths), dtype, rows)
 
 
 def make_buffers(case: Case) -> Buffers:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -57,8 +57,9 @@ class Sleeping(PooledExecutor):
         _slots: Sequence[int],
         tokens: Sequence[int],
         _lengths: Sequence[int],
-        _choices: Sequence[Choice],
+        choices: Iterable[Choice],
     ) -> None:
+        list(choices)  # what a device would be sent
         self._ready = max(self._ready, time.perf_counter()) + self._seconds
         self._rows = len(tokens)
 
@@ -67,6 +68,13 @@ class Sleeping(PooledExecutor):
         self._step_number += 1
         base, size = 7919 * self._step_number, self.vocab_size // 2
         return [self.vocab_size // 4 + (base + 31 * row) % size for row in range(self._rows)]
+
+    def prefill_and_choose(
+        self, _first: int, rows: Sequence[Any], _starts: Sequence[int], choices: Iterable[Choice]
+    ) -> list[int | None]:
+        list(choices)
+        time.sleep(self._seconds)
+        return [self.vocab_size // 4] * len(rows)
 
     def logits_of(self, row: int) -> Logits:
         raise NotImplementedError(f"row {row}: no request of this benchmark asks for logprobs")

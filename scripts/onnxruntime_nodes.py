@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from cla_export.engines.onnxruntime_cuda import environment_variable
+from cla_export.engines.cuda_session import environment_variable
 
 TYPES = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
 OPSET, IR = 24, 11

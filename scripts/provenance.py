@@ -13,12 +13,12 @@ from cla_export.environment import machine
 TOOLS = ("torch", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
-def provenance(threads: int) -> dict[str, Any]:
-    """The head of a run's JSON."""
+def provenance(threads: int, gpu: str | None = None) -> dict[str, Any]:
+    """The head of a run's JSON; `gpu` is the name of the one that it is about."""
     return {
         "date": str(date.today()),
         "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(threads),
+        "machine": {**machine(threads), **({} if gpu is None else {"gpu": gpu})},
         "versions": versions(),
     }
 
@@ -36,8 +36,9 @@ def versions() -> dict[str, str]:
 def heading(run: Mapping[str, Any], dtype: str = "float32") -> str:
     """The same as a paragraph of Markdown; `dtype` is the weights' and caches'."""
     place = run["machine"]
+    gpu = f"{place['gpu']} beside " if "gpu" in place else ""
     tools = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     return (
-        f"{run['date']}, {place['processor']}, {place['threads']} of {place['cpus']} CPUs; "
+        f"{run['date']}, {gpu}{place['processor']}, {place['threads']} of {place['cpus']} CPUs; "
         f"{tools}; {dtype}. `{run['command']}`\n"
     )

@@ -12,7 +12,7 @@ are. What TensorRT's documentation forbids is an AssertionError here:
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ class SimulatedChooser:
     def __init__(self, memory: "SimulatedMemory", dtype: str, vocab: int, rows: int) -> None:
         self.memory, self.dtype, self.vocab, self.rows = memory, np.dtype(dtype), vocab, rows
 
-    def prepare(self, choices: Sequence[Choice]) -> None:
+    def prepare(self, choices: Iterable[Choice]) -> None:
         self.choices = list(choices)
 
     def choose(self, logits: int, rows: int) -> None:

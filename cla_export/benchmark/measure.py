@@ -17,7 +17,7 @@ from cla_export.benchmark.places import place_of
 from cla_export.benchmark.results import Bench, Row
 from cla_export.benchmark.timing import time_cell
 from cla_export.bundle import Bundle, Progress, open_bundle
-from cla_export.engines import onnxruntime_cuda
+from cla_export.engines import gpu_graph
 from cla_export.engines.opening import backend_of
 from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.environment import machine
@@ -90,7 +90,7 @@ def bench(
     if threads is not None:
         at_least_one("threads", threads)
     if steps is None:
-        together = runs_on == "onnxruntime" and onnxruntime_cuda.takes(bundle)
+        together = runs_on == "onnxruntime" and gpu_graph.takes(bundle)
         steps = _STEPS_TOGETHER if together else _STEPS
     if contexts is None:
         most = max(1, bundle.max_positions - WARM - steps)

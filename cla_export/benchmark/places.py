@@ -8,7 +8,7 @@ from typing import Protocol
 from cla_export.bandwidth import read_bandwidth
 from cla_export.bundle import Bundle
 from cla_export.device_bandwidth import read_device_bandwidth
-from cla_export.engines import onnxruntime, onnxruntime_cuda
+from cla_export.engines import gpu_graph, onnxruntime
 from cla_export.engines.cuda_memory import CudaMemory
 from cla_export.engines.tensorrt_build import FLAVOURS
 from cla_export.environment import cpus
@@ -80,6 +80,6 @@ def place_of(bundle: Bundle, backend: str, threads: int | None) -> Place:
             return Device(None)
     if backend != "onnxruntime":
         return Host(None, threads)
-    if onnxruntime_cuda.takes(bundle):
-        return Device(onnxruntime_cuda.graph_of(bundle)[0])
+    if gpu_graph.takes(bundle):
+        return Device(gpu_graph.graph_of(bundle)[0])
     return Host(onnxruntime.graph_of(bundle)[0], threads)

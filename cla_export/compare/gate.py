@@ -37,7 +37,7 @@ from cla_export.compare.results import tensor_result
 from cla_export.compare.routing import routed
 from cla_export.compare.runners import ExecutorRunner, TorchRunner, fill_with_garbage
 from cla_export.compare.thresholds import Threshold, thresholds_of
-from cla_export.engines import onnxruntime_cuda
+from cla_export.engines import gpu_graph
 from cla_export.engines.executor import Executor
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor, graph_of
 from cla_export.engines.opening import backend_of, open_executor
@@ -191,7 +191,7 @@ def _executor_of(
     """What runs all cases; None for ONNX Runtime on a CPU, which each step opens anew."""
     if backend != "onnxruntime" or engine is not None:
         return open_executor(bundle, target, engine=engine)
-    if not onnxruntime_cuda.takes(bundle):
+    if not gpu_graph.takes(bundle):
         return None
     most = min(bundle.max_positions, _ON_GPU)
     return open_executor(bundle, target, capacity=most, slots=_SLOTS)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from cla_export.bundle import Bundle, open_bundle
 from cla_export.deploy.ray_args import ReplicaArgs
 from cla_export.deploy.replicas import Replicas
-from cla_export.engines import onnxruntime_cuda
+from cla_export.engines import gpu_graph
 from cla_export.engines.opening import backend_of
 from cla_export.engines.tensorrt_build import FLAVOURS, find_engine, open_engine
 from cla_export.errors import BadInput
@@ -123,7 +123,7 @@ def make_plan(options: RayOptions) -> RayPlan:
     bundle = open_bundle(options.replica.bundle)
     find_template(bundle.folder, served.chat_template)  # raises for what it cannot read
     backend = backend_of(bundle, served.backend)
-    on_gpu = backend in FLAVOURS or (backend == "onnxruntime" and onnxruntime_cuda.takes(bundle))
+    on_gpu = backend in FLAVOURS or (backend == "onnxruntime" and gpu_graph.takes(bundle))
     return RayPlan(
         options,
         name=served.name or bundle.folder.resolve().name,

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from cla_export.errors import MissingEnvironment, RunError
 
 Work = Callable[[], None]
+_ALIGNED = 256  # bytes
+_LEAST_STAGED = 1 << 18  # bytes: inputs and choices of many steps
 
 
 class Memory(Protocol):
@@ -26,7 +28,7 @@ class Memory(Protocol):
         """Address of `size` new bytes, zeroed, a multiple of 256."""
 
     def free(self, address: int) -> None:
-        """Give back what `allocate` gave, once no queued work uses it."""
+        """Give back what `allocate` gave; work that is queued may use it still."""
 
     def upload(self, address: int, array: NDArray[np.generic]) -> None:
         """Copy a contiguous array to an address; the array may change as soon as this returns."""
@@ -71,7 +73,7 @@ class CudaMemory:
         self.stream = int(self._stream.handle)
         self._pinned = self._core.LegacyPinnedMemoryResource()
         self._buffers: dict[int, Any] = {}
-        self._staging: tuple[Any, NDArray[np.uint8]] | None = None
+        self._staging = Staging(self._pin, self._stream.sync)
         self._entered = threading.local()
         self._entered.so = True
 
@@ -102,17 +104,18 @@ class CudaMemory:
 
     def upload(self, address: int, array: NDArray[np.generic]) -> None:
         self.enter()
-        self._stream.sync()  # what was staged before may still be on its way
-        staged, host = self._stage(array.nbytes)
-        host[: array.nbytes] = _bytes(np.ascontiguousarray(array))
+        host = self._staging.part(array.nbytes)
+        host[:] = _bytes(np.ascontiguousarray(array))
+        staged = self._part(host.ctypes.data, array.nbytes)
         staged.copy_to(self._part(address, array.nbytes), stream=self._stream)
 
     def download(self, address: int, array: NDArray[np.generic]) -> None:
         self.enter()
-        staged, host = self._stage(array.nbytes)
+        host = self._staging.part(array.nbytes)
+        staged = self._part(host.ctypes.data, array.nbytes)
         self._part(address, array.nbytes).copy_to(staged, stream=self._stream)
-        self._stream.sync()
-        _bytes(array)[:] = host[: array.nbytes]
+        self._staging.wait()
+        _bytes(array)[:] = host
 
     def copy(self, source: int, target: int, size: int) -> None:
         self.enter()
@@ -158,18 +161,46 @@ class CudaMemory:
         if status != self._driver.CUresult.CUDA_SUCCESS:
             raise RunError(f"{what} failed on {self.name}: {status}")
 
-    def _stage(self, size: int) -> tuple[Any, NDArray[np.uint8]]:
-        """That much pinned host memory, as a buffer and as the array it lies in."""
-        if self._staging is None or len(self._staging[1]) < size:
-            room = max(size, 1 << 16)
-            buffer = self._pinned.allocate(room, stream=self._stream)
-            memory = (ctypes.c_uint8 * room).from_address(int(buffer.handle))
-            self._staging = buffer, np.ctypeslib.as_array(memory)
-        buffer, host = self._staging
-        return self._part(int(buffer.handle), size), host
+    def _pin(self, size: int) -> tuple[Any, NDArray[np.uint8]]:
+        """So much pinned host memory: what owns it, and the array that lies in it."""
+        buffer = self._pinned.allocate(size, stream=self._stream)
+        memory = (ctypes.c_uint8 * size).from_address(int(buffer.handle))
+        return buffer, np.ctypeslib.as_array(memory)
 
     def _part(self, address: int, size: int) -> Any:  # noqa: ANN401
         return self._core.Buffer.from_handle(address, size)
+
+
+class Staging:
+    """Host memory that copies go through, handed out part by part: none twice before they are over.
+
+    Args:
+        pin: makes so many bytes of it, and what owns them.
+        wait: waits for all copies.
+    """
+
+    def __init__(
+        self, pin: Callable[[int], tuple[Any, NDArray[np.uint8]]], wait: Callable[[], None]
+    ) -> None:
+        self._pin, self._wait = pin, wait
+        self._owner: Any = None
+        self._room = np.empty(0, np.uint8)
+        self._used = 0
+
+    def part(self, size: int) -> NDArray[np.uint8]:
+        """Bytes that no copy uses; it may have to wait for them."""
+        if self._used + size > len(self._room):
+            self.wait()
+            if size > len(self._room):
+                self._owner, self._room = self._pin(max(size, _LEAST_STAGED))
+        begin = self._used
+        self._used = begin + -(-size // _ALIGNED) * _ALIGNED
+        return self._room[begin : begin + size]
+
+    def wait(self) -> None:
+        """Wait for all copies: every part is free then, but what it holds is there until `part`."""
+        self._wait()
+        self._used = 0
 
 
 def _bytes(array: NDArray[np.generic]) -> NDArray[np.uint8]:

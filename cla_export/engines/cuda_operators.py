@@ -223,12 +223,20 @@ class CudaOperators:
         workspace = self._room("partial", plan.workspace_bytes) if plan.workspace_bytes else 0
         asked, made = q.data, y.data
         size = prod(q.shape) * 2
-        if queries > 1:
+        swapped = queries > 1 and not plan.takes_packed
+        if swapped:
             asked, made = self._room("asked", size), self._room("made", size)
             self._swap(q.data, asked, batch, queries, problem.query_heads, dim)
         pointers = Pointers(asked, keys.data, values.data, lengths.data, made, workspace)
-        self._launcher.launch(problem, plan, pointers, self._memory.stream, overlap=True)
-        if queries > 1:
+        self._launcher.launch(
+            problem,
+            plan,
+            pointers,
+            self._memory.stream,
+            overlap=True,
+            packed=queries > 1 and not swapped,
+        )
+        if swapped:
             self._swap(made, y.data, batch, problem.query_heads, queries, dim)
 
     def _swap(self, source: int, target: int, batch: int, a: int, b: int, dim: int) -> None:

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import is_
 from typing import Protocol
 
@@ -44,7 +44,7 @@ _NONE = np.empty(0, _CHANGE)
 class RowChooser(Protocol):
     """Chooses a token for each row of logits that lie on a device."""
 
-    def prepare(self, choices: Sequence[Choice]) -> None:
+    def prepare(self, choices: Iterable[Choice]) -> None:
         """Take what the rows of the next step are chosen by to the device."""
 
     def choose(self, logits: int, rows: int) -> None:
@@ -85,7 +85,7 @@ class DeviceChooser:
         self._packed = np.empty(0, _PICK)
         self._plain = False  # whether it says that nothing is changed
 
-    def prepare(self, choices: Sequence[Choice]) -> None:
+    def prepare(self, choices: Iterable[Choice]) -> None:
         """As `RowChooser.prepare`."""
         params, keys, changed = zip(*choices, strict=True)
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):

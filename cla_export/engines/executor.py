@@ -6,7 +6,7 @@ step: one that would write outside its slot fails alone, before anything is comp
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -71,15 +71,30 @@ class TokenChooser(Protocol):
         slots: Sequence[int],
         tokens: Sequence[int],
         lengths: Sequence[int],
-        choices: Sequence["Choice"],
+        choices: Iterable["Choice"],
     ) -> None:
-        """Start a step as `decode` is, and the choice of each row's next token."""
+        """Start a step as `decode` is, and the choice of each row's next token.
+
+        It may run already when the choices are asked for.
+        """
 
     def end_decode(self) -> list[int | None]:
         """Those tokens, when they are there; None for a row that is not numbers."""
 
+    def prefill_and_choose(
+        self,
+        first: int,
+        rows: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        choices: Iterable["Choice"],
+    ) -> list[int | None]:
+        """Append the ends of prompts to consecutive slots that hold `starts`: their first tokens.
+
+        None for a row that is not numbers.
+        """
+
     def logits_of(self, row: int) -> Logits:
-        """Logits [V] of a row of that step, until the next begins."""
+        """Logits [V] of a row of the tokens that were given last, until something else runs."""
 
 
 class PooledExecutor(ABC):
@@ -126,12 +141,18 @@ class PooledExecutor(ABC):
     def _step(
         self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int], keep: int
     ) -> Logits:
+        return self._run(first, *self._batch(first, rows, starts), keep)
+
+    def _batch(
+        self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Checked rows: input_ids [B, S], padded on the right, starts [B] and counts [B]."""
         self._check_rows(first, rows, starts)
         counts = np.array([len(row) for row in rows], np.int64)
-        input_ids = np.zeros((len(rows), int(counts.max())), np.int64)  # padded on the right
+        input_ids = np.zeros((len(rows), int(counts.max())), np.int64)
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = row
-        return self._run(first, input_ids, np.array(starts, np.int64), counts, keep)
+        return input_ids, np.array(starts, np.int64), counts
 
     def _check_rows(self, first: int, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
         if not rows:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cla_export.bundle import Bundle
+from cla_export.engines import gpu_graph
 from cla_export.engines.executor import Executor
 from cla_export.engines.tensorrt_build import FLAVOURS, check_installed
 from cla_export.errors import BadInput
@@ -67,12 +68,11 @@ def open_executor(
     if engine is not None and backend not in FLAVOURS:
         raise BadInput(f"{engine}: {backend} takes no engine; engines are of {', '.join(FLAVOURS)}")
     if backend == "onnxruntime":
-        if bundle.cuda_graph is not None:
+        if gpu_graph.takes(bundle):
             from cla_export.engines import onnxruntime_cuda
 
-            if onnxruntime_cuda.takes(bundle):
-                on_gpu = onnxruntime_cuda.OnnxRuntimeCudaExecutor
-                return on_gpu(bundle, capacity=capacity, slots=slots or 1)
+            on_gpu = onnxruntime_cuda.OnnxRuntimeCudaExecutor
+            return on_gpu(bundle, capacity=capacity, slots=slots or 1)
         from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 
         return OnnxRuntimeExecutor(bundle, capacity=capacity, slots=slots or 1, threads=threads)

@@ -12,10 +12,10 @@ TensorRT's rules that this file keeps (developer guide, "CUDA Graphs" and "Dynam
     3. After a change of shapes a context must run once before it is captured.
     4. A cache and what is written into it have one address.
     5. Inputs that shapes are computed from lie in host memory, and hold their values from before
-       the shapes are inferred until the call has run.
+       the shapes are inferred until the call has run: there is one for each value.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 
 from cla_export.bundle import Bundle
 from cla_export.engines.cuda_memory import Work
-from cla_export.engines.device_pools import DevicePools, Inputs
-from cla_export.engines.executor import Array, Cache, Logits, PooledExecutor, TokenChooser
+from cla_export.engines.device_pools import Inputs
+from cla_export.engines.gpu_executor import GpuExecutor
+from cla_export.engines.prompt_calls import PromptCall, plan_prompts
 from cla_export.engines.tensorrt_build import Built, find_engine, open_engine
 from cla_export.engines.tensorrt_runtime import Loaded, load_engine
 from cla_export.errors import BadInput, RunError
 from cla_export.graph_names import KEEP
-from cla_export.sampling import Choice
 
 DECODE, PREFILL = 0, 1  # profiles, in the order of the build
 _ALIGNED = 256  # bytes
@@ -44,7 +44,7 @@ _DTYPES: dict[str, Any] = {
 }
 
 
-class TensorRTExecutor(PooledExecutor):
+class TensorRTExecutor(GpuExecutor):
     """Runs an engine on a GPU.
 
     Args:
@@ -86,127 +86,57 @@ class TensorRTExecutor(PooledExecutor):
         self.chunk = int(options["chunk"])
         self._graphs = graphs
         self._loaded = loaded = load(bundle, built)
-        self._engine, self._memory = loaded.engine, loaded.memory
+        self._engine = loaded.engine
         self._names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        self._dtypes = {name: self._dtype(name) for name in self._names}
+        dtypes = {name: self._dtype(name) for name in self._names}
         self._check_aliases()
-        caches = [f"{group.index}.{p}" for group in self.layout.groups for p in ("key", "value")]
-        self._pools = DevicePools(
-            self._memory,
-            self.layout,
-            self.capacity,
-            self.slots,
-            {name: self._dtypes[f"past_key_values.{name}"] for name in caches},
-        )
+        pasts = [name for name in self._names if name.startswith("past_key_values.")]
+        caches = {name.removeprefix("past_key_values."): dtypes[name] for name in pasts}
+        self._allocate(loaded.memory, caches, dtypes["logits"], loaded.new_chooser)
         self._activations = max(int(self._engine.device_memory_size_v2), _ALIGNED)
         self._scratch = self._memory.allocate(self._activations)
-        self._inputs = Inputs(self.slots, self.chunk, self._dtypes)
+        self._inputs = Inputs(self.slots, self.chunk, dtypes)
         self._inputs_at = self._memory.allocate(self._inputs.size)
-        self._logits: dict[int, tuple[int, int]] = {}  # profile -> address, rows there is room for
         self._prefill = self._new_call(PREFILL, fixed=False)
         self._elsewhere = self._new_call(DECODE, fixed=False)  # decode from a later slot on
+        self._keeps: dict[int, NDArray[np.int64]] = {}
         self._steps: dict[int, _Call] = {}  # rows -> decode of the first slots
-        self._chooser = None  # of engines whose logits have 16 bits
-        if np.dtype(self._dtypes["logits"]).itemsize == 2:
-            name = np.dtype(self._dtypes["logits"]).name
-            self._chooser = loaded.new_chooser(name, self.vocab_size, self.slots)
 
     @property
     def device_bytes(self) -> dict[str, int]:
-        """Bytes of GPU memory, by what they hold; weights as the engine's file has them."""
-        logits = sum(rows * self._row_bytes for _, rows in self._logits.values())
+        """As `GpuExecutor.device_bytes`; weights as the engine's file has them."""
         return {
             "weights": self.folder.joinpath("model.engine").stat().st_size,
-            "caches": self._pools.bytes,
             "activations": self._activations,
-            "inputs and logits": self._inputs.size + logits,
+            "inputs": self._inputs.size,
+            **super().device_bytes,
         }
 
-    def read(self, group: int, slot: int) -> Cache:
-        return self._pools.read(group, slot)
+    def _plan(self, counts: Sequence[int], keep: int) -> Iterator[PromptCall]:
+        return plan_prompts(counts, keep, self.chunk)
 
-    def write(self, group: int, slot: int, keys: Array, values: Array) -> None:
-        self._pools.write(group, slot, keys, values)
-
-    def copy(self, source: int, target: int, _tokens: int) -> None:
-        self._pools.copy(source, target)
-
-    @property
-    def chooser(self) -> TokenChooser | None:
-        return None if self._chooser is None else self
-
-    def begin_decode(
-        self,
-        slots: Sequence[int],
-        tokens: Sequence[int],
-        lengths: Sequence[int],
-        choices: Sequence[Choice],
-    ) -> None:
-        """As `TokenChooser.begin_decode`. Errors as for `decode`."""
-        assert self._chooser is not None
-        first = self._check_decode(slots, tokens, lengths)
-        self._chooser.prepare(choices)
-        self._queue_decode(first, np.array(tokens, np.int64)[:, None], np.array(lengths, np.int64))
-        self._chooser.choose(self._logits[DECODE][0], len(slots))
-
-    def end_decode(self) -> list[int | None]:
-        """As `TokenChooser.end_decode`."""
-        assert self._chooser is not None
-        return self._chooser.tokens()
-
-    def logits_of(self, row: int) -> Logits:
-        """As `TokenChooser.logits_of`."""
-        logits = np.empty(self.vocab_size, self._dtypes["logits"])
-        self._memory.download(self._logits[DECODE][0] + row * self._row_bytes, logits)
-        return logits.astype(np.float32)
-
-    def _run(
+    def _queue_prompt(
         self,
         first: int,
         input_ids: NDArray[np.int64],
         starts: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        keep: int,
-    ) -> Logits:
-        if input_ids.shape[1] == 1:
-            self._queue_decode(first, input_ids, starts)
-            return self._take(DECODE, len(input_ids), 1)
-        rows = zip(input_ids, starts.tolist(), counts.tolist(), strict=True)
-        return np.stack(
-            [
-                self._prefill_row(slot, ids[:count], start, min(keep, count))
-                for slot, (ids, start, count) in enumerate(rows, first)
-            ]
-        )
-
-    def _prefill_row(
-        self, slot: int, tokens: NDArray[np.int64], start: int, keep: int
-    ) -> NDArray[np.float32]:
-        """A prompt, in as many calls as its chunks are; logits [keep, V]."""
-        kept = []
-        for at in range(0, len(tokens), self.chunk):
-            piece = tokens[at : at + self.chunk]
-            wanted = min(len(piece), at + len(piece) - (len(tokens) - keep))
-            call = self._prefill
-            self._bind(call, slot, 1, len(piece), max(1, wanted))
-            self._feed(piece[None], np.array([start + at]), max(1, wanted))
-            call.run(self._memory.stream)
-            if wanted > 0:
-                kept.append(self._take(PREFILL, 1, wanted)[0])
-        return np.concatenate(kept)
-
-    def _queue_decode(
-        self, first: int, input_ids: NDArray[np.int64], starts: NDArray[np.int64]
+        kept: int,
+        logits: int,
     ) -> None:
-        rows = len(input_ids)
+        self._feed(input_ids, starts, kept)
+        self._bind(self._prefill, first, input_ids.shape, kept, logits)
+        self._prefill.run(self._memory.stream)
+
+    def _queue_step(self, first: int, tokens: Sequence[int], lengths: Sequence[int]) -> None:
+        rows = len(tokens)
         call = self._elsewhere
         if first == 0:
             if rows not in self._steps:
                 self._steps[rows] = self._new_call(DECODE, fixed=True)
             call = self._steps[rows]
+        self._feed(np.array(tokens, np.int64)[:, None], np.array(lengths, np.int64), 1)
         if first != 0 or not call.runs:
-            self._bind(call, first, rows, 1, 1)
-        self._feed(input_ids, starts, 1)
+            self._bind(call, first, (rows, 1), 1, self._stepped.address)
         if first == 0 and self._graphs and call.runs == 1:  # rule 3
             call.capture(self._memory.stream, self._memory.capture)
         call.run(self._memory.stream)
@@ -218,29 +148,30 @@ class TensorRTExecutor(PooledExecutor):
         context.set_device_memory(self._scratch, self._activations)
         if not context.set_optimization_profile_async(profile, self._memory.stream):
             raise RunError(f"{self.folder}: the engine has no profile {profile}; rebuild it")
-        return _Call(context, profile, str(self.folder))
+        return _Call(context, str(self.folder))
 
-    def _bind(self, call: "_Call", first: int, rows: int, length: int, keep: int) -> None:
-        """Give a context the shapes and addresses of a call."""
-        context = call.context
-        call.keep[...] = keep
+    def _bind(
+        self, call: "_Call", first: int, ids: tuple[int, ...], kept: int, logits: int
+    ) -> None:
+        """Give a context the shapes and addresses of a call; `ids` is the shape of its tokens."""
+        context, rows = call.context, ids[0]
         shapes: dict[str, tuple[int, ...]] = {
-            "input_ids": (rows, length),
+            "input_ids": ids,
             "write_indices": (rows,),
             "kv_lengths": (rows,),
         }
         addresses = {
             name: self._inputs_at + offset for name, offset in self._inputs.offsets.items()
         }
-        for name, pool in self._pools.by_name.items():
+        for name, pool in self.pools.by_name.items():
             shapes[f"past_key_values.{name}"] = (rows, *pool.shape)
             at = pool.address(first)
             addresses[f"past_key_values.{name}"] = addresses[f"present.{name}"] = at  # rule 4
         if self._engine.get_tensor_location(KEEP).name == "HOST":
-            addresses[KEEP] = call.keep.ctypes.data  # rule 5
+            addresses[KEEP] = self._keeps.setdefault(kept, np.array(kept)).ctypes.data  # rule 5
         else:
             addresses[KEEP] = self._inputs_at + self._inputs.offsets[KEEP]
-        addresses["logits"] = self._room(call.profile, rows * keep)
+        addresses["logits"] = logits
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise RunError(f"{call.where}: {name} takes no shape {shape} in this profile")
@@ -249,34 +180,13 @@ class TensorRTExecutor(PooledExecutor):
                 raise RunError(f"{call.where}: {name} takes no address; see TensorRT's log")
         if missing := context.infer_shapes():
             raise RunError(f"{call.where}: {', '.join(missing)} not set before a call")
-        got, expected = tuple(context.get_tensor_shape("logits")), (rows, keep, self.vocab_size)
+        got, expected = tuple(context.get_tensor_shape("logits")), (rows, kept, self.vocab_size)
         if got != expected:
             raise RunError(f"{call.where}: logits are {got}, expected {expected}; rebuild it")
 
-    def _feed(self, input_ids: NDArray[np.int64], starts: NDArray[np.int64], keep: int) -> None:
-        self._inputs.fill(input_ids, starts, keep)
+    def _feed(self, input_ids: NDArray[np.int64], starts: NDArray[np.int64], kept: int) -> None:
+        self._inputs.fill(input_ids, starts, kept)
         self._memory.upload(self._inputs_at, self._inputs.block)
-
-    def _room(self, profile: int, rows: int) -> int:
-        """Where logits of so many tokens go; decode's stays, since graphs hold its address."""
-        least = self.slots if profile == DECODE else 1
-        address, room = self._logits.get(profile, (0, 0))
-        if room < rows:
-            if address:
-                self._memory.free(address)
-            room = max(rows, least)
-            address = self._memory.allocate(room * self._row_bytes)
-            self._logits[profile] = address, room
-        return address
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.vocab_size * int(np.dtype(self._dtypes["logits"]).itemsize)
-
-    def _take(self, profile: int, rows: int, keep: int) -> Logits:
-        logits = np.empty((rows, keep, self.vocab_size), self._dtypes["logits"])
-        self._memory.download(self._logits[profile][0], logits)
-        return logits.astype(np.float32)
 
     def _dtype(self, name: str) -> Any:  # noqa: ANN401
         kind = self._engine.get_tensor_dtype(name).name
@@ -298,13 +208,11 @@ class TensorRTExecutor(PooledExecutor):
 
 
 class _Call:
-    """A context of one profile, and its CUDA graph once there is one."""
+    """A context, and its CUDA graph once there is one."""
 
-    def __init__(self, context: Any, profile: int, where: str) -> None:  # noqa: ANN401
+    def __init__(self, context: Any, where: str) -> None:  # noqa: ANN401
         self.context = context
-        self.profile = profile
         self.where = where
-        self.keep = np.ones((), np.int64)
         self.runs = 0
         self._graph: Work | None = None
 

@@ -77,15 +77,16 @@ def speed_cases(*, dtype: str = "float16") -> Iterator[Case]:
         for batch in (1, 8, 64):
             for context in (1024, 8192, 65536):
                 if batch * context <= 64 * 8192 or kv_heads == 4:
-                    yield _speed(query_heads, kv_heads, (context,) * batch, dtype)
+                    yield speed_case(query_heads, kv_heads, (context,) * batch, dtype)
         lengths = tuple(int(n) for n in generator.integers(1, 8193, 64))
-        yield _speed(query_heads, kv_heads, lengths, dtype, "64 ragged, 1..8k")
-        yield _speed(query_heads, kv_heads, (65536, *[1024] * 15), dtype, "one 64k, 15 x 1k")
+        yield speed_case(query_heads, kv_heads, lengths, dtype, "64 ragged, 1..8k")
+        yield speed_case(query_heads, kv_heads, (65536, *[1024] * 15), dtype, "one 64k, 15 x 1k")
 
 
-def _speed(
+def speed_case(
     query_heads: int, kv_heads: int, lengths: tuple[int, ...], dtype: str, what: str = ""
 ) -> Case:
+    """A decode step of rows that hold so many tokens, of random inputs."""
     capacity = -(-max(lengths) // 1024) * 1024
     problem = Problem(
         len(lengths), query_heads, kv_heads, 128, capacity, scale=128**-0.5, dtype=dtype

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cla_export.errors import MissingEnvironment
+from cla_export.plugin.prompt import PromptVariant
 
 if TYPE_CHECKING:
     from cla_export.plugin.product import ProductPlan
@@ -77,9 +78,22 @@ class Variant:
         return self.warps * TILE * 12 + TILE * 8
 
     @property
+    def source(self) -> Path:
+        """Of its kernels."""
+        return SOURCE
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names in the source."""
+        return KERNELS
+
+    @property
     def macros(self) -> list[tuple[str, str]]:
         """As the source expects them."""
         return [(name.upper(), str(int(value))) for name, value in asdict(self).items()]
+
+
+AnyVariant = Variant | PromptVariant
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +106,7 @@ class Resources:
 
 
 def compile_kernel(
-    variant: Variant, compute_capability: tuple[int, int], cache: Path | None = CACHE
+    variant: AnyVariant, compute_capability: tuple[int, int], cache: Path | None = CACHE
 ) -> Any:  # noqa: ANN401 (cuda-core is imported when needed)
     """The variant's machine code, as cuda-core's ObjectCode; `cache=None` always compiles."""
     return _compiled(_program(variant, compute_capability), cache)
@@ -143,7 +157,7 @@ def compile_reader(
     return _compiled(_program_of((READER,), macros, compute_capability), cache)
 
 
-def resources(variant: Variant, compute_capability: tuple[int, int]) -> dict[str, Resources]:
+def resources(variant: AnyVariant, compute_capability: tuple[int, int]) -> dict[str, Resources]:
     """Registers, spills and stack of each kernel, after a fresh compilation."""
     log = io.StringIO()
     _program(variant, compute_capability, "-v").compile("cubin", logs=log)
@@ -159,13 +173,15 @@ def resources(variant: Variant, compute_capability: tuple[int, int]) -> dict[str
         name: Resources(int(registers), int(stores) + int(loads), int(stack))
         for name, stack, stores, loads, registers in found
     }
-    if set(used) != set(KERNELS):
-        raise RuntimeError(f"NVRTC's report names {sorted(used)}, expected {KERNELS}:\n{text}")
+    if set(used) != set(variant.kernels):
+        raise RuntimeError(
+            f"NVRTC's report names {sorted(used)}, expected {variant.kernels}:\n{text}"
+        )
     return used
 
 
-def _program(variant: Variant, compute_capability: tuple[int, int], *assembler: str) -> Any:  # noqa: ANN401
-    return _program_of((SOURCE,), variant.macros, compute_capability, *assembler)
+def _program(variant: AnyVariant, compute_capability: tuple[int, int], *assembler: str) -> Any:  # noqa: ANN401
+    return _program_of((variant.source,), variant.macros, compute_capability, *assembler)
 
 
 def _program_of(

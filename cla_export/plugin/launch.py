@@ -14,13 +14,15 @@ from cla_export.plugin.compile import (
     MERGE_BLOCKS,
     MERGE_WARPS,
     TILE,
-    Variant,
+    AnyVariant,
     compile_kernel,
     compile_product,
 )
 from cla_export.plugin.contract import DTYPES, Problem, check
-from cla_export.plugin.plan import Gpu, Plan, make_plan
+from cla_export.plugin.gpu import Gpu
+from cla_export.plugin.plan import Plan, make_plan
 from cla_export.plugin.product import ProductPlan
+from cla_export.plugin.prompt import THREADS, PromptPlan
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +87,7 @@ class Launcher:
         self._device = self._core.Device(device)
         self._device.set_current()
         self._cache = cache
-        self._kernels: dict[Variant, tuple[Any, Any]] = {}
+        self._kernels: dict[AnyVariant, tuple[Any, ...]] = {}
         self._products: dict[tuple[ProductPlan, str], Any] = {}
         self._settings: dict[tuple[Any, ...], Settings] = {}
         self.tell: Callable[[Launched], None] | None = None  # of each kernel that was queued
@@ -99,34 +101,41 @@ class Launcher:
             int(properties.max_shared_memory_per_multiprocessor),
         )
 
-    def plan(self, problem: Problem) -> Plan:
+    def plan(self, problem: Problem) -> Plan | PromptPlan:
         """The layout of a call on this GPU; BadInput if the call breaks the contract."""
         check(problem)
         return make_plan(problem, self.gpu)
 
-    def prepare(self, variant: Variant) -> tuple[Any, Any]:
-        """The two kernels of a variant, loaded: attention, and the merge of its shares."""
+    def prepare(self, variant: AnyVariant) -> tuple[Any, ...]:
+        """The kernels of a variant, loaded: attention, and where there is one its shares' merge."""
         if variant not in self._kernels:
             module = compile_kernel(variant, self.gpu.compute_capability, self._cache)
-            attention = module.get_kernel("cla_attention")
-            self.allow_shared_memory(attention, variant.shared_bytes)
-            self._kernels[variant] = attention, module.get_kernel("cla_attention_merge")
+            kernels = tuple(module.get_kernel(name) for name in variant.kernels)
+            self.allow_shared_memory(kernels[0], variant.shared_bytes)
+            self._kernels[variant] = kernels
         return self._kernels[variant]
 
     def launch(
         self,
         problem: Problem,
-        plan: Plan,
+        plan: Plan | PromptPlan,
         pointers: Pointers,
         stream: int,
         *,
         overlap: bool = False,
+        packed: bool = False,
     ) -> None:
         """Queue one call on a CUDA stream, given by its handle; nothing is synchronised.
+
+        `packed`: q and y are [B, S, Hq * D], which only a plan that takes it can have.
 
         `overlap`: start while the kernel in front still runs, if that allows it: which it must do
         only when every kernel before itself has ended, for the lengths are read at once.
         """
+        if isinstance(plan, PromptPlan):
+            self._launch_prompt(problem, plan, pointers, stream, overlap=overlap, packed=packed)
+            return
+        assert not packed
         attention, merge = self.prepare(plan.variant)
         variant = plan.variant
         shapes = [np.int32(n) for n in (
@@ -158,6 +167,28 @@ class Launcher:
                 stream, settings, merge, pointers.kv_lengths, pointers.y, pointers.workspace, sums,
                 *shapes,
             )  # fmt: skip
+
+    def _launch_prompt(
+        self,
+        problem: Problem,
+        plan: PromptPlan,
+        pointers: Pointers,
+        stream: int,
+        *,
+        overlap: bool,
+        packed: bool,
+    ) -> None:
+        (kernel,) = self.prepare(plan.variant)
+        dim, queries = problem.head_dim, problem.queries
+        strides = (dim, problem.query_heads * dim) if packed else (queries * dim, dim)
+        shapes = problem.kv_heads, problem.group, queries, problem.capacity, problem.window
+        shared = plan.variant.shared_bytes
+        settings = self.settings(plan.grid, THREADS, shared_bytes=shared, overlap=overlap)
+        self.queue(
+            stream, settings, kernel, pointers.q, pointers.key_cache, pointers.value_cache,
+            pointers.kv_lengths, pointers.y, *map(np.int64, strides), *map(np.int32, shapes),
+            np.float32(problem.scale), np.float32(problem.softcap),
+        )  # fmt: skip
 
     def launch_product(
         self,
@@ -288,7 +319,7 @@ def torch_attention(
     kv_lengths: "torch.Tensor",
     *,
     out: "torch.Tensor | None" = None,
-    plan: Plan | None = None,
+    plan: Plan | PromptPlan | None = None,
     **attributes: Any,  # noqa: ANN401 (problem_of types them)
 ) -> "torch.Tensor":
     """Attend on torch's current stream; attributes as in the contract (scale, window, softcap).

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from cla_export.errors import BadInput
 from cla_export.plugin.compile import TILE, Variant
 from cla_export.plugin.contract import Problem
+from cla_export.plugin.gpu import Gpu
+from cla_export.plugin.prompt import PromptPlan, plan_prompt
 
 BLOCK_RESERVE = 1024  # bytes of shared memory that the driver keeps of every block
 MAX_SPLIT_ITEMS = 1024  # items of a call that splits its rows; bounds the workspace
@@ -21,21 +23,6 @@ GPCS = 8  # clusters of 8 that run at a time without crowding each other
 GPC_FIT = 0.92  # of the multiprocessors that large clusters can use
 SHARED_KEYS_HEAD_DIM = 128  # up to which the queries of a tile stay in registers
 RING_BYTES = 24 * 1024  # of a warp; enough in flight to cover the memory's latency
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """What the layout needs to know of a GPU; shared memory in bytes."""
-
-    compute_capability: tuple[int, int]
-    multiprocessors: int
-    shared_per_block: int
-    shared_per_multiprocessor: int
-
-    @property
-    def has_clusters(self) -> bool:
-        """Whether blocks can read each other's shared memory."""
-        return self.compute_capability >= (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +50,11 @@ class Plan:
         return self.extra > 0
 
     @property
+    def takes_packed(self) -> bool:
+        """Whether q and y may be [B, S, Hq * D]."""
+        return False
+
+    @property
     def workspace_bytes(self) -> int:
         """Partial sums, a tile of float32 rows a cluster, then a maximum and a sum a row."""
         return self.items * TILE * (self.variant.columns * 4 + 8) if self.merges else 0
@@ -75,7 +67,7 @@ def make_plan(
     warps: int | None = None,
     cluster: int | None = None,
     waves: float | None = None,
-) -> Plan:
+) -> Plan | PromptPlan:
     """The plan for a call; what is given is taken as it is, for sweeps and tactics.
 
     `waves`: shares to aim for, as a multiple of the clusters that run at a time; 0: one a row.
@@ -87,8 +79,11 @@ def make_plan(
             f"one launch ({MAX_GRID} tiles of {TILE} rows); attend to the prompt in chunks"
         )
     lanes = problem.kv_heads * tiles
-    if warps is cluster is waves is None and _is_prompt(problem, gpu, lanes):
-        return _prompt_plan(problem, gpu)
+    if warps is cluster is waves is None:
+        if (prompt := plan_prompt(problem, gpu)) is not None:
+            return prompt
+        if _is_prompt(problem, gpu, lanes):
+            return _prompt_plan(problem, gpu)
     choice = _choose(problem, gpu, lanes)
     warps = warps or choice.warps
     cluster = cluster or choice.cluster

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cla_export.plugin.plan import Gpu
+from cla_export.plugin.gpu import Gpu
 
 MOST_TOKENS = 64
 BLOCK = 32  # columns that packed weights have a scale for

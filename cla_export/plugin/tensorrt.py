@@ -14,6 +14,7 @@ from cla_export.errors import BadInput
 from cla_export.plugin.contract import DOMAIN, NAME, VERSION, Problem, check
 from cla_export.plugin.launch import Launcher, Pointers
 from cla_export.plugin.plan import Plan, make_plan, workspace_bound
+from cla_export.plugin.prompt import PromptPlan
 
 ATTRIBUTES = ("scale", "window", "softcap")
 # What a tactic means: shares of rows, in multiples of what runs at a time; None: the plan's choice.
@@ -88,7 +89,7 @@ def _plugin_class(trt: ModuleType) -> type:
             self.time_layouts = time_layouts
             self.waves: float | None = None
             self.launcher: Launcher | None = None
-            self.plans: dict[Problem, Plan] = {}
+            self.plans: dict[Problem, Plan | PromptPlan] = {}
 
         def clone(self) -> Any:  # noqa: ANN401
             other = ClaAttention(self.attributes, self.time_layouts)
@@ -158,7 +159,7 @@ def _plugin_class(trt: ModuleType) -> type:
             pointers = Pointers(q, keys, values, lengths, outputs[0], workspace)
             self.launcher.launch(problem, plan, pointers, stream)
 
-        def plan_of(self, problem: Problem) -> Plan:
+        def plan_of(self, problem: Problem) -> Plan | PromptPlan:
             """The layout of a call, made once a shape; its kernel is compiled here."""
             if self.launcher is None:
                 self.launcher = Launcher(None)

@@ -34,6 +34,11 @@ class Request:
         """Tokens that it may come to, prompt included."""
         return len(self.prompt) + self.max_tokens
 
+    @property
+    def plain_prompt(self) -> bool:
+        """Whether nothing is wanted of its prompt but the token after it."""
+        return self.max_tokens > 0 and self.prompt_logprobs is None
+
 
 @dataclass(frozen=True, slots=True)
 class Finish:

@@ -5,7 +5,7 @@ Single-threaded, and knows nothing of queues' limits, threads or HTTP: the engin
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
@@ -27,6 +27,7 @@ from cla_export.serve.requests import (
 from cla_export.serve.sequence import Sequence
 from cla_export.serve.slots import Slots
 
+Tokens = tuple[int, ...]
 Outputs = list[tuple[int, Output]]  # by the sequence's number
 Found = TypeVar("Found")
 
@@ -200,8 +201,7 @@ class Scheduler:
         return (
             self.executor.reads_rows_at_once
             and len(request.prompt) < self.chunk
-            and request.max_tokens > 0
-            and request.prompt_logprobs is None
+            and request.plain_prompt
         )
 
     def _place(self, sequence: Sequence) -> None:
@@ -219,37 +219,37 @@ class Scheduler:
     def _prefill(self) -> None:
         """Read one chunk, or several prompts; sequences whose last it was join the others."""
         rows = list(self.prefilling)
-        if len(rows) == 1:
-            self._read_chunk(rows[0])
+        pieces = [s.request.prompt[s.length : s.length + self.chunk] for s in rows]
+        if not all(s.ends_plainly(piece) for s, piece in zip(rows, pieces, strict=True)):
+            self._read_chunk(rows[0], pieces[0])
             return
-        prompts = [sequence.request.prompt for sequence in rows]
-        logits = self._step(
-            "prefill",
-            rows,
-            sum(map(len, prompts)),
-            lambda: self.executor.prefill_rows(rows[0].slot, prompts),
-        )
-        if logits is None:
+        read = partial(self._first_tokens, rows, pieces)
+        landed = self._step("prefill", rows, sum(map(len, pieces)), read)
+        if landed is None:
             return
         for sequence in rows:
-            sequence.length = len(sequence.request.prompt)
+            self._hold(sequence, len(sequence.request.prompt))
             self._join(sequence)
-        self._sample(rows, logits)
+        self._take(landed)
 
-    def _read_chunk(self, sequence: Sequence) -> None:
+    def _first_tokens(self, rows: list[Sequence], pieces: list[Tokens]) -> dict[Sequence, Landed]:
+        """Read the last pieces of prompts, and choose what follows them: where the logits are."""
+        if self._ahead is not None:
+            return self._ahead.read_prompts(rows, pieces)
+        first = rows[0]
+        if len(rows) == 1:
+            return self._choose(rows, self.executor.prefill(first.slot, pieces[0], first.length))
+        return self._choose(rows, self.executor.prefill_rows(first.slot, pieces))
+
+    def _read_chunk(self, sequence: Sequence, piece: Tokens) -> None:
+        """Read a part of a prompt, or one of which more is wanted than a token."""
         request, start = sequence.request, sequence.length
-        piece = request.prompt[start : start + self.chunk]
         keep = 1 if request.prompt_logprobs is None else len(piece)
-        logits = self._step(
-            "prefill",
-            [sequence],
-            len(piece),
-            lambda: self.executor.prefill(sequence.slot, piece, start, keep),
-        )
+        read = partial(self.executor.prefill, sequence.slot, piece, start, keep)
+        logits = self._step("prefill", [sequence], len(piece), read)
         if logits is None:
             return
-        sequence.length += len(piece)
-        self._slots.computed(sequence.slot, request.prompt[: sequence.length])
+        self._hold(sequence, start + len(piece))
         sequence.read_prompt(start, logits)
         if sequence.prompt_done:
             self._join(sequence)
@@ -257,7 +257,12 @@ class Scheduler:
                 sequence.end_without_tokens()
                 self._settle([sequence])
             else:
-                self._sample([sequence], logits[-1:])
+                self._take(self._choose([sequence], logits[-1:]))
+
+    def _hold(self, sequence: Sequence, length: int) -> None:
+        """Note how much of its prompt a sequence's slot holds."""
+        sequence.length = length
+        self._slots.computed(sequence.slot, sequence.request.prompt[:length])
 
     def _decode(self) -> None:
         """One token for every active sequence."""
@@ -277,7 +282,7 @@ class Scheduler:
         if logits is not None:
             for sequence in rows:
                 sequence.length += 1
-            self._sample(rows, logits)
+            self._take(self._choose(rows, logits))
 
     def _decode_ahead(self, ahead: Ahead) -> None:
         """The tokens of the step begun in the last round; before they are told, the next begins."""
@@ -292,8 +297,7 @@ class Scheduler:
                 ahead.begin(self.active, landed)
             except Exception as error:  # as in `_step`; those that have a token are told it first
                 failed = error
-        tokens = [token for token, _ in landed.values()]
-        self._take(list(landed), tokens, lambda sequence: landed[sequence].logits)
+        self._take(landed)
         if failed is not None:
             self._fail_step("decode", list(self.active), failed)
 
@@ -324,32 +328,27 @@ class Scheduler:
             self._fail(sequence, failure)
         self._count_failure(phase, error)
 
-    def _sample(self, rows: list[Sequence], logits: Logits) -> None:
-        """Choose a token for each row of logits [B, V], and take it."""
-        each = dict(zip(rows, logits, strict=True))
-        self._take(rows, choose(logits, [s.sampler for s in rows]), each.get)
+    def _choose(self, rows: list[Sequence], logits: Logits) -> dict[Sequence, Landed]:
+        """A token for each row of logits [B, V]."""
+        tokens = choose(logits, [sequence.sampler for sequence in rows])
+        return dict(zip(rows, map(Landed, tokens, logits), strict=True))
 
-    def _take(
-        self,
-        rows: list[Sequence],
-        tokens: list[int | None],
-        logits: Callable[[Sequence], Logits | None],
-    ) -> None:
-        """Note and tell the tokens that were chosen by `logits`; let go of who is done."""
+    def _take(self, landed: Mapping[Sequence, Landed]) -> None:
+        """Note and tell tokens; let go of who is done."""
         now = self._clock()
         bad = []
-        for sequence, token in zip(rows, tokens, strict=True):
+        for sequence, (token, logits) in landed.items():
             if token is None:
                 bad.append(sequence)
                 continue
-            sequence.add(token, logits(sequence))
+            sequence.add(token, logits)
             self.generated += 1
             sequence.first_token = sequence.first_token or now
             sequence.last_token = now
         for sequence in reversed(bad):
             what = f"the model's logits after {len(sequence.tokens)} tokens are not numbers"
             self._fail(sequence, Failure(BAD_LOGITS, what))
-        self._settle([sequence for sequence in rows if sequence not in bad])
+        self._settle([sequence for sequence in landed if sequence not in bad])
 
     def _settle(self, rows: list[Sequence]) -> None:
         """Tell what is new; those that are done leave, the last slot's first."""

@@ -62,6 +62,11 @@ class Sequence:
         """Whether its slot holds the whole prompt."""
         return self.length >= len(self.request.prompt)
 
+    def ends_plainly(self, piece: Row[int]) -> bool:
+        """Whether a piece is the last of its prompt, and nothing but a token is wanted of it."""
+        last = self.length + len(piece) == len(self.request.prompt)
+        return last and self.request.plain_prompt
+
     def read_prompt(self, start: int, logits: Logits) -> None:
         """Note the prompt's own logprobs from a chunk's logits [S, V], where they were asked."""
         top = self.request.prompt_logprobs

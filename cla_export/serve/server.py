@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cla_export.bundle import Bundle, open_bundle
-from cla_export.engines import onnxruntime_cuda
+from cla_export.engines import gpu_graph
 from cla_export.engines.executor import Executor
 from cla_export.engines.opening import backend_of, cache_dtype, open_executor
 from cla_export.engines.tensorrt_build import FLAVOURS
@@ -120,7 +120,7 @@ def open_model(folder: Bundle | Path | str, options: Options) -> Opened:
         )
     pool = pool_of(bundle, backend, options.max_len, options.slots, options.kv_memory)
     room = memory()
-    if room is not None and pool.total > room and not onnxruntime_cuda.takes(bundle) and not fixed:
+    if room is not None and pool.total > room and not gpu_graph.takes(bundle) and not fixed:
         raise _no_room(pool)
     try:
         executor = open_executor(

@@ -12,13 +12,11 @@ from models_zoo import Zoo
 
 import cla_export
 from cla_export.device_bandwidth import _TILE, Reader, read_device_bandwidth
-from cla_export.engines import onnxruntime_cuda
+from cla_export.engines import gpu_graph
 from cla_export.engines.cuda_memory import CudaMemory
-from cla_export.engines.onnxruntime_cuda import graph_of
+from cla_export.engines.gpu_graph import graph_of
 
-ON_GPU = pytest.mark.skipif(
-    not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu"
-)
+ON_GPU = pytest.mark.skipif(not gpu_graph.available(), reason="no GPU, or no onnxruntime-gpu")
 ALONE = pytest.mark.skipif(
     "PYTEST_XDIST_WORKER" in os.environ, reason="looks at the GPU's memory; run it without -n"
 )

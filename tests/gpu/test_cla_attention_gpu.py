@@ -13,6 +13,7 @@ from cla_export.plugin.cases import Case, correctness_cases, random_inputs
 from cla_export.plugin.contract import Problem
 from cla_export.plugin.launch import Launcher, Pointers, torch_attention
 from cla_export.plugin.plan import Plan, make_plan
+from cla_export.plugin.prompt import PromptPlan, plan_prompt
 from cla_export.plugin.reference import torch_reference
 from cla_export.plugin.tensorrt import register
 
@@ -37,18 +38,24 @@ def on_gpu(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def run(
-    launcher: Launcher, problem: Problem, inputs: dict[str, torch.Tensor], plan: Plan
+    launcher: Launcher,
+    problem: Problem,
+    inputs: dict[str, torch.Tensor],
+    plan: Plan | PromptPlan,
+    *,
+    packed: bool = False,
 ) -> torch.Tensor:
     """One call whose output and workspace hold NaN beforehand."""
     y = torch.full_like(inputs["q"].view(torch.int16), NAN_BITS).view(inputs["q"].dtype)
     workspace = torch.full((max(plan.workspace_bytes, 16),), 255, dtype=torch.uint8, device="cuda")
     pointers = Pointers(*(x.data_ptr() for x in (*inputs.values(), y, workspace)))
-    launcher.launch(problem, plan, pointers, torch.cuda.current_stream().cuda_stream)
+    stream = torch.cuda.current_stream().cuda_stream
+    launcher.launch(problem, plan, pointers, stream, packed=packed)
     torch.cuda.synchronize()
     return y
 
 
-def check(launcher: Launcher, case: Case, plan: Plan) -> None:
+def check(launcher: Launcher, case: Case, plan: Plan | PromptPlan) -> None:
     problem, inputs = case.problem, on_gpu(case)
     y = run(launcher, problem, inputs, plan)
     assert torch.isfinite(y).all(), "an element was not written, or garbage got in"
@@ -93,8 +100,49 @@ def test_prompts_share_their_keys_within_a_block(
     scale = head_dim**-0.5
     problem = Problem(4, 16, 4, head_dim, 900, 601, scale, window, softcap, "bfloat16")
     plan = launcher.plan(problem)
-    assert plan.variant.shared_keys
+    on_warp_groups = launcher.gpu.compute_capability == (9, 0) and head_dim % 64 == 0
+    assert isinstance(plan, PromptPlan) == on_warp_groups
+    assert isinstance(plan, PromptPlan) or plan.variant.shared_keys
     check(launcher, Case("prompt", problem, (900, 30, 0, 601)), plan)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 1), (16, 4), (12, 12), (6, 2), (40, 1)])
+@pytest.mark.parametrize("queries", [17, 200, 650])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (77, 3.0)])
+def test_prompts_on_warp_groups(
+    launcher: Launcher,
+    window: int,
+    softcap: float,
+    queries: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+) -> None:
+    """Both ways of sharing rows and keys among a block's groups, whatever fills the GPU."""
+    scale = head_dim**-0.5
+    problem = Problem(3, heads, kv_heads, head_dim, 1500, queries, scale, window, softcap, dtype)
+    for multiprocessors in (1, 10**6):
+        gpu = replace(launcher.gpu, multiprocessors=multiprocessors)
+        plan = plan_prompt(problem, gpu, least_filled=0)
+        if plan is None:
+            pytest.skip("warp groups are Hopper's")
+        assert plan.variant.turns == (multiprocessors > 1)
+        check(launcher, Case("prompt", problem, (1500, 641, 0)), plan)
+
+
+def test_packed_queries_give_the_same_bits(launcher: Launcher) -> None:
+    problem = Problem(2, 8, 2, 128, 700, 300, 0.1)
+    plan = plan_prompt(problem, launcher.gpu, least_filled=0)
+    if plan is None:
+        pytest.skip("warp groups are Hopper's")
+    inputs = on_gpu(Case("packed", problem, (700, 321)))
+    apart = run(launcher, problem, inputs, plan)
+    q = inputs["q"].transpose(1, 2).contiguous()
+    packed = run(launcher, problem, {**inputs, "q": q}, plan, packed=True)
+    assert torch.equal(packed.transpose(1, 2), apart)
 
 
 @pytest.mark.parametrize("head_dim", [46, 128, 256, 512])

@@ -9,7 +9,7 @@ import torch  # noqa: F401  # before ONNX Runtime: it brings the CUDA libraries
 from models_zoo import Zoo
 
 from cla_export.draw import Scratch
-from cla_export.engines import onnxruntime_cuda
+from cla_export.engines import gpu_graph
 from cla_export.engines.cuda_memory import CudaMemory
 from cla_export.engines.device_chooser import DeviceChooser
 from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
@@ -153,7 +153,7 @@ def test_a_vocabulary_that_is_too_large(memory: CudaMemory) -> None:
         chooser_of(memory, "float16", 1 << 21)
 
 
-@pytest.mark.skipif(not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu")
+@pytest.mark.skipif(not gpu_graph.available(), reason="no GPU, or no onnxruntime-gpu")
 def test_slots_behind_the_rows_are_left_alone(zoo: Zoo) -> None:
     """A step of nine rows is captured as one of twelve."""
     bundle = zoo.bundle("onnxruntime", "fp16", kv_owner=(0, 0, 2, 2), num_key_value_heads=1)
@@ -172,7 +172,7 @@ def test_slots_behind_the_rows_are_left_alone(zoo: Zoo) -> None:
     assert np.abs(exact - logits).max() < 3e-3 * np.abs(exact).max()
 
 
-@pytest.mark.skipif(not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu")
+@pytest.mark.skipif(not gpu_graph.available(), reason="no GPU, or no onnxruntime-gpu")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("stock", [False, True])
 def test_an_executor_chooses_by_its_own_logits(zoo: Zoo, dtype: str, stock: bool) -> None:
@@ -189,3 +189,34 @@ def test_an_executor_chooses_by_its_own_logits(zoo: Zoo, dtype: str, stock: bool
         assert executor.end_decode() == choose(logits, second)
         for row in range(3):
             assert np.array_equal(executor.logits_of(row), logits[row])
+
+
+@pytest.mark.skipif(not gpu_graph.available(), reason="no GPU, or no onnxruntime-gpu")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("stock", [False, True])
+def test_first_tokens_while_a_step_runs(zoo: Zoo, dtype: str, stock: bool) -> None:
+    """Prompts leave what the step's tokens are chosen by, and its logits, alone."""
+    bundle = zoo.bundle("onnxruntime", dtype, kv_owner=(0, 0, 2, 2), num_key_value_heads=1)
+    executor = OnnxRuntimeCudaExecutor(bundle, capacity=64, slots=7, stock=stock)
+    for slot in range(4):
+        executor.prefill(slot, [1 + slot, 2, 3], 0)
+    ways = [WAYS["all"], WAYS["penalties"], SamplingParams(), WAYS["top_p"]]
+    texts = [[5], [3, 4, 5, 6, 7], list(range(1, 40))]
+    for step, prompts in enumerate((texts, texts[:1], texts[2:], texts)):
+        arguments = range(4), [5, 6, 7, 8], [3 + step] * 4
+        logits = executor.decode(*arguments)
+        behind = executor.prefill_rows(4, prompts)
+        stepped, read, *again = (
+            [Sampler(way, [1], choice=step) for way in rows]
+            for rows in (ways, ways[: len(prompts)], ways, ways[: len(prompts)])
+        )
+        executor.begin_decode(*arguments, [sampler.next_choice() for sampler in stepped])
+        first = executor.prefill_and_choose(
+            4, prompts, [0] * len(prompts), [sampler.next_choice() for sampler in read]
+        )
+        for row, expected in enumerate(behind):
+            assert np.array_equal(executor.logits_of(row), expected)
+        assert first == choose(behind, again[1])
+        assert executor.end_decode() == choose(logits, again[0])
+        for row, expected in enumerate(logits):
+            assert np.array_equal(executor.logits_of(row), expected)

@@ -10,14 +10,12 @@ from models_zoo import MIXED, Zoo
 
 from cla_export.bundle import Bundle
 from cla_export.compare.gate import compare_bundle
-from cla_export.engines import onnxruntime_cuda
+from cla_export.engines import gpu_graph
 from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
 from cla_export.engines.opening import open_executor
 from cla_export.errors import BadInput, RunError
 
-pytestmark = pytest.mark.skipif(
-    not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu"
-)
+pytestmark = pytest.mark.skipif(not gpu_graph.available(), reason="no GPU, or no onnxruntime-gpu")
 PLAIN = {"kv_owner": (0, 0, 2, 2), "num_key_value_heads": 1}
 MODELS = {
     "CLA2 MQA": PLAIN,

@@ -7,15 +7,13 @@ import pytest
 import torch  # noqa: F401  # before ONNX Runtime: it brings the CUDA libraries
 from models_zoo import Zoo
 
-from cla_export.engines import onnxruntime_cuda
+from cla_export.engines import gpu_graph
 from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
 from cla_export.sampling import SamplingParams
 from cla_export.serve.engine import Engine
 from cla_export.serve.requests import Output, Request
 
-pytestmark = pytest.mark.skipif(
-    not onnxruntime_cuda.available(), reason="no GPU, or no onnxruntime-gpu"
-)
+pytestmark = pytest.mark.skipif(not gpu_graph.available(), reason="no GPU, or no onnxruntime-gpu")
 VOCAB, CAPACITY, CHUNK = 97, 64, 8
 SLOTS = 12
 

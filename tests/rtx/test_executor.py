@@ -139,9 +139,14 @@ def test_tokens_are_chosen_where_the_logits_are(make):
         for slot in (0, 1):
             made.prefill(slot, tokens(3, slot), 0)
     assert executor.chooser is executor
-    for step in range(6):
+    for step in range(5):
         held = [length + step for length in lengths]
         executor.begin_decode([0, 1], last, held, [sampler.next_choice() for sampler in first])
+        late = tokens(1 + 8 * step, step)  # one token, then several chunks
+        (other,) = executor.prefill_and_choose(3, [late], [0], [Sampler(ways[0]).next_choice()])
+        expected = plain.prefill(3, late, 0)
+        assert other == expected.argmax()
+        assert np.array_equal(executor.logits_of(0), expected[0])
         chosen = executor.end_decode()
         logits = plain.decode([0, 1], last, held)
         assert chosen == choose(logits, second)
@@ -160,12 +165,12 @@ def test_the_simulation_keeps_the_rules(make, portable: Bundle):
         memory.download(next(iter(memory.blocks)) - 8, np.zeros(1, np.int64))
     for step in range(2):
         ours.decode([0], [1], [step])
-    ours._bind(ours._steps[1], 1, 1, 1, 1)
+    ours._bind(ours._steps[1], 1, (1, 1), 1, ours._stepped.address)
     with pytest.raises(AssertionError, match="a captured context was changed"):
         ours.decode([0], [1], [2])
     ours = make()
     call = ours._new_call(0, fixed=True)
-    ours._bind(call, 0, 2, 1, 1)
+    ours._bind(call, 0, (2, 1), 1, ours._stepped.address)
     with pytest.raises(AssertionError, match="before it ran"):
         call.capture(ours._memory.stream, ours._memory.capture)
 

@@ -4,7 +4,7 @@ Its cache is the tokens themselves: a copy that is wrong, or a length, gives oth
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,8 +76,9 @@ class FakeDevice(FakeExecutor):
 
     def __init__(self, slots: int = 4, capacity: int = 64, vocab: int = VOCAB) -> None:
         super().__init__(slots, capacity, vocab)
-        self._logits = np.empty((0, vocab), np.float32)
+        self._step_logits = self._given = np.empty((0, vocab), np.float32)
         self._chosen: list[int | None] | None = None
+        self.first_tokens = 0  # that it chose
 
     @property
     def chooser(self) -> "FakeDevice":
@@ -88,22 +89,37 @@ class FakeDevice(FakeExecutor):
         slots: Sequence[int],
         tokens: Sequence[int],
         lengths: Sequence[int],
-        choices: Sequence[Choice],
+        choices: Iterable[Choice],
     ) -> None:
         self._chosen = None
-        self._logits = self.decode(slots, tokens, lengths)
-        self._chosen = [
-            pick_by(choice, row, Scratch(self.vocab_size)) if np.isfinite(row.max()) else None
-            for choice, row in zip(choices, self._logits, strict=True)
-        ]
+        self._step_logits = self.decode(slots, tokens, lengths)
+        self._chosen = self._choose(self._step_logits, choices)
 
     def end_decode(self) -> list[int | None]:
         assert self._chosen is not None, "no step was begun, or its tokens were taken"
         chosen, self._chosen = self._chosen, None
+        self._given = self._step_logits
         return chosen
 
+    def prefill_and_choose(
+        self,
+        first: int,
+        rows: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        choices: Iterable[Choice],
+    ) -> list[int | None]:
+        self._given = self._step(first, rows, starts, 1)[:, 0]
+        self.first_tokens += len(rows)
+        return self._choose(self._given, choices)
+
+    def _choose(self, logits: Logits, choices: Iterable[Choice]) -> list[int | None]:
+        return [
+            pick_by(choice, row, Scratch(self.vocab_size)) if np.isfinite(row.max()) else None
+            for choice, row in zip(choices, logits, strict=True)
+        ]
+
     def logits_of(self, row: int) -> Logits:
-        return self._logits[row]
+        return self._given[row]
 
 
 def expected(prompt: list[int], count: int) -> list[int]:

@@ -40,11 +40,11 @@ def executor(demo_bundle):
 class Recorded(Scheduler):
     """Keeps the logits that the first token of every sequence was chosen by."""
 
-    def _sample(self, rows, logits):
+    def _choose(self, rows, logits):
         self.first = getattr(self, "first", {})
         for sequence, row in zip(rows, logits, strict=True):
             self.first.setdefault(sequence.number, row.copy())
-        super()._sample(rows, logits)
+        return super()._choose(rows, logits)
 
 
 def run(scheduler, *requests):

@@ -150,9 +150,10 @@ def test_a_prompt_is_read_in_chunks_between_the_others_tokens():
     ]  # fmt: skip
 
 
-def test_short_prompts_share_a_call():
+@both_kinds
+def test_short_prompts_share_a_call(kind):
     """As many as a chunk has room for, padding included; a whole chunk is computed by itself."""
-    bench = Bench(FakeExecutor(slots=8), chunk=6)
+    bench = Bench(kind(slots=8), chunk=6)
     lengths = [2, 3, 1, 2, 6, 3, 3, 9]
     asked = [Request(prompt(length, i), 1) for i, length in enumerate(lengths)]
     for request, output in zip(asked, bench.run(*asked), strict=True):
@@ -168,8 +169,9 @@ def test_short_prompts_are_read_one_by_one_where_that_takes_no_longer():
     assert [counts for _, _, counts in bench.executor.calls] == [[1]] * 4
 
 
-def test_a_call_for_several_prompts_that_raises_fails_them():
-    bench = Bench(FakeExecutor(slots=3))
+@both_kinds
+def test_a_call_for_several_prompts_that_raises_fails_them(kind):
+    bench = Bench(kind(slots=3))
     bench.add(Request(prompt(5), 20))
     for _ in range(3):
         bench.tick()
@@ -427,8 +429,9 @@ def test_a_copy_that_raises_ends_those_that_run_and_no_more():
     assert bench.tokens(4) == expected(list(prompt(3, 4)), 39)
 
 
-def test_prompt_logprobs_are_of_every_token_and_need_the_whole_prompt():
-    bench = Bench()
+@both_kinds
+def test_prompt_logprobs_are_of_every_token_and_need_the_whole_prompt(kind):
+    bench = Bench(kind())
     text = prompt(11)
     bench.run(Request(text, 1))
     (output,) = bench.run(Request(text, 1, prompt_logprobs=2, logprobs=0))
@@ -444,8 +447,9 @@ def test_prompt_logprobs_are_of_every_token_and_need_the_whole_prompt():
         assert [token for token, _ in found.top] == np.argsort(-log)[:2].tolist()
 
 
-def test_no_tokens_at_all():
-    (output,) = Bench().run(Request(prompt(5), 0, prompt_logprobs=0))
+@both_kinds
+def test_no_tokens_at_all(kind):
+    (output,) = Bench(kind()).run(Request(prompt(5), 0, prompt_logprobs=0))
     assert output.tokens == ()
     assert output.finish.completion_tokens == 0
     assert len(output.prompt_logprobs) == 5
@@ -486,6 +490,29 @@ def test_the_next_step_is_begun_before_tokens_are_told():
     begun = [starts for _, starts, counts in bench.executor.calls if counts != [3]]
     assert begun[:2] == [[3], [4, 3]], "the second joins the step after its prompt was read"
     assert max(starts[-1] for starts in begun) == 3 + 5, "one step more than its tokens need"
+
+
+def test_a_device_chooses_first_tokens_too():
+    """In a call for several prompts, after chunks, and after a prefix that was there.
+
+    Not by logits that come to the host in any case, and nothing where no token is wanted.
+    """
+    lengths = (2, 1, 3 * CHUNK + 1, 2 * CHUNK, 3)
+    drawn = [SamplingParams(temperature=1.0, top_p=0.9, seed=seed) for seed in range(6)]
+    asked = [
+        Request(prompt(n, 99), 6, params, logprobs=params.seed % 2 or None)
+        for n, params in zip(lengths, drawn, strict=False)
+    ]
+    asked += [Request(prompt(7), 6, drawn[-1], prompt_logprobs=1), Request(prompt(6), 0)]
+    device, host = FakeDevice(2), FakeExecutor(1)
+    bench = Bench(device)
+    there = bench.run(*asked)
+    assert device.calls[0] == (0, [0, 0], [2, 1])
+    assert device.first_tokens == len(lengths)
+    assert any(output.finish.cached_tokens for output in there)
+    for output, request in zip(there, asked, strict=True):
+        (alone,) = Bench(host).run(request)
+        assert (output.tokens, output.logprobs) == (alone.tokens, alone.logprobs)
 
 
 @both_kinds

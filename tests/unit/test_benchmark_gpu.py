@@ -16,7 +16,7 @@ from simulated_gpu import Gpu
 import cla_export
 from cla_export.benchmark import Bench, compare, measure, places, timing
 from cla_export.bundle import Bundle
-from cla_export.engines import onnxruntime_cuda
+from cla_export.engines import gpu_graph, onnxruntime_cuda
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
 from cla_export.errors import BadInput
 from cla_export.floor import Weights, read_weights
@@ -62,7 +62,7 @@ def made_up() -> Iterator[Counting]:
             return np.array(made).T
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime_cuda, "takes", lambda bundle: bundle.cuda_graph is not None)
+        patch.setattr(gpu_graph, "takes", lambda bundle: bundle.cuda_graph is not None)
         patch.setattr(onnxruntime_cuda, "OnnxRuntimeCudaExecutor", Executor)
         patch.setattr(places, "CudaMemory", lambda: gpu)
         patch.setattr(places, "read_device_bandwidth", lambda _memory: BANDWIDTH)
@@ -106,7 +106,7 @@ def test_rows(zoo: Zoo, measured: Bench) -> None:
         assert row.peak_device_bytes == SLOT * row.batch, "a cell's own, not what the last one held"
     machine = measured.machine
     assert (machine["gpu"], machine["driver"]) == ("NVIDIA H200", "580.65.06")
-    graph, _ = onnxruntime_cuda.graph_of(zoo.bundle("onnxruntime", "fp16", **TINY))
+    graph, _ = gpu_graph.graph_of(zoo.bundle("onnxruntime", "fp16", **TINY))
     assert measured.graph == graph.name
 
 

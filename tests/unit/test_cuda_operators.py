@@ -19,7 +19,7 @@ from cla_export.lower.quantize_weights import quantize_weights
 from cla_export.models import cla
 from cla_export.plugin import compile_cpu
 from cla_export.plugin.compile import compile_operators, compile_product
-from cla_export.plugin.plan import Gpu
+from cla_export.plugin.gpu import Gpu
 from cla_export.plugin.product import MOST_TOKENS, plan_product
 from cla_export.quantization import PACKED, SCALES, Quantization
 from cla_export.rewrite import rewrite

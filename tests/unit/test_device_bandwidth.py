@@ -35,7 +35,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         compute_capability=SimpleNamespace(major=9, minor=0),
         name="NVIDIA H200",
         properties=SimpleNamespace(multiprocessor_count=132),
-        create_stream=lambda: SimpleNamespace(handle=7),
+        create_stream=lambda: SimpleNamespace(handle=7, sync=lambda: None),
         sync=lambda: state.trimmed.append("synchronised"),
         memory_resource=SimpleNamespace(handle=11),
     )

@@ -14,8 +14,8 @@ from models_zoo import Zoo, make_spec, stateless_kv, stateless_logits, tokens_of
 
 from cla_export.bundle import Bundle
 from cla_export.engines.cuda_operators import CudaOperators
+from cla_export.engines.cuda_session import Bound, CudaSession
 from cla_export.engines.onnxruntime import OnnxRuntimeExecutor
-from cla_export.engines.onnxruntime_cuda import OnnxRuntimeCudaExecutor
 from cla_export.errors import BadInput, RunError
 from cla_export.graph_reading import read_graph
 from cla_export.graph_text import from_text
@@ -516,10 +516,11 @@ class _Refused:
 def test_what_a_launch_raised_is_not_blamed_for_the_next_failure() -> None:
     operators = CudaOperators.__new__(CudaOperators)
     operators.error = BadInput("head dim 7")
-    executor = OnnxRuntimeCudaExecutor.__new__(OnnxRuntimeCudaExecutor)
-    executor._operators, executor._session = operators, _Refused()
-    executor._ort, executor.graph = onnxruntime, Path("model.onnx")
+    session = CudaSession.__new__(CudaSession)
+    session._operators, session._session = operators, _Refused()
+    session._ort, session._graph = onnxruntime, Path("model.onnx")
+    call = Bound(None, None)
     with pytest.raises(BadInput, match="head dim 7"):
-        executor._queue(None, None)
+        session.run(call)
     with pytest.raises(RunError, match="could not be launched"):
-        executor._queue(None, None)
+        session.run(call)
