@@ -8,10 +8,11 @@
 //   TURNS     1: the two groups that multiply have the same rows, and take turns with the tiles of keys
 //   SLOTS     of the ring
 //
-// The query rows of a kv head (its query heads, times the positions of the chunk) fill blocks. In a block one warp group
-// copies: keys and values, a tile after the other, each into a slot of a ring. Two multiply, 64 rows each: scores from
-// shared memory, weights times values from registers. Slots go back and forth by barriers in shared memory, so nobody
-// waits for all. A row's tiles come in order, so its bits depend on nothing but its own keys.
+// The query rows of a kv head (its query heads, times the positions of the chunk) fill blocks. In a block one warp
+// group copies: keys and values, a tile after the other, each into a slot of a ring. Two multiply, 64 rows each: scores
+// from shared memory, weights times values from registers. Slots go back and forth by barriers in shared memory, so nobody
+// waits for all. What multiplies should never rest while weights are made of scores: a group's products with one
+// tile's values run beside its scores of the next, and the two groups queue their products in turn.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -70,6 +71,13 @@ DEVICE void arrive(u32 at) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" 
 DEVICE void wait(u32 at, u32 parity) {
     asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@!p bra again;\n}"
                  :: "r"(at), "r"(parity) : "memory");
+}
+
+DEVICE bool passed(u32 at, u32 parity) {
+    u32 yes;
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(yes) : "r"(at), "r"(parity) : "memory");
+    return yes;
 }
 
 DEVICE void copy_async(u32 to, const void* from, bool there) {  // zeros where it is not there
@@ -177,6 +185,9 @@ DEVICE void multiply_values(float (&o)[SUMS], const u32 (&weights)[4], u64 value
 DEVICE void wait_for_scores(float (&s)[SCORES]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : SCORE_FLOATS(s) :: "memory");
 }
+DEVICE void wait_for_scores_alone(float (&s)[SCORES]) {  // while values are multiplied
+    asm volatile("wgmma.wait_group.sync.aligned 1;" : SCORE_FLOATS(s) :: "memory");
+}
 DEVICE void wait_for_sums(float (&o)[SUMS]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : SUM_FLOATS(o) :: "memory");
 }
@@ -237,7 +248,15 @@ cla_prompt(const unsigned short* q, const char* keys, const char* values, const 
         const i64 cache = (((i64)b * kv_heads + kv_head) * capacity + begin + row) * (HEAD_DIM * 2) + piece * 16;
         for (int i = 0; i < 2 * tiles; i++) {  // keys and values in turn
             const int slot = i % SLOTS, tile = i / 2, limit = end - begin - tile * KEYS;
-            wait(empty(slot), i / SLOTS % 2 ^ 1);
+            bool told = i == 0;  // that the one before is there
+            if (!passed(empty(slot), i / SLOTS % 2 ^ 1)) {
+                if (!told) {
+                    finish_copies<0>();
+                    arrive(filled((i - 1) % SLOTS));
+                }
+                told = true;
+                wait(empty(slot), i / SLOTS % 2 ^ 1);
+            }
             const char* from = (i % 2 ? values : keys) + cache + (i64)tile * SLOT_BYTES;
             const u32 to = ring + slot * SLOT_BYTES;
             if (limit >= KEYS)
@@ -250,8 +269,9 @@ cla_prompt(const unsigned short* q, const char* keys, const char* values, const 
                                there ? from + j * AT_ONCE * HEAD_DIM * 2 : keys, there);
                 }
             commit_copies();
+            if (told) continue;
             finish_copies<1>();
-            if (i) arrive(filled((i - 1) % SLOTS));
+            arrive(filled((i - 1) % SLOTS));
         }
         finish_copies<0>();
         if (tiles) arrive(filled((2 * tiles - 1) % SLOTS));
@@ -271,27 +291,62 @@ cla_prompt(const unsigned short* q, const char* keys, const char* values, const 
     float sums[SUMS] = {}, max_low = LEAST, max_high = LEAST, sum_low = 0, sum_high = 0;
     const u64 rows_of_query = matrix_at(query + offset * 128, 16);
 
-    for (int tile = 0; tile < tiles; tile++) {
-        const int of_keys = 2 * tile % SLOTS, of_values = (2 * tile + 1) % SLOTS;
-        const u32 parity_of_keys = 2 * tile / SLOTS % 2, parity_of_values = (2 * tile + 1) / SLOTS % 2;
-        const int first_key = begin + tile * KEYS;
-        const bool seen = own_rows > 0 && (!TURNS || tile % 2 == worker) && first_key <= newest &&
-                          (window == 0 || first_key + KEYS > oldest - window + 1);
-        wait(filled(of_keys), parity_of_keys);
-        if (!seen) {  // a slot is empty once both groups say so
-            wait(filled(of_values), parity_of_values);
-            if (lane == 0) arrive(empty(of_keys)), arrive(empty(of_values));
-            continue;
-        }
-        float scores[SCORES] = {};
+    // The tiles that the group sees, and by how many it goes on; the scores of one are made while the weights of the
+    // one before meet its values.
+    constexpr int STEP = TURNS ? 2 : 1;
+    int first = window > 0 ? max((oldest - window + 1 - begin) / KEYS, 0) : 0;
+    if (TURNS && first % 2 != worker) first++;
+    int last = own_rows > 0 && newest >= begin ? min((newest - begin) / KEYS, tiles - 1) : -1;
+    if (TURNS && last >= 0 && last % 2 != worker) last--;
+    float scores[SCORES] = {};
+    u32 weights[KEYS / 16][4];
+    float shrink_low, shrink_high;
+
+    auto slot_of = [&](int tile, int values) { return (2 * tile + values) % SLOTS; };
+    auto wait_for = [&](int tile, int values) {
+        wait(filled(slot_of(tile, values)), (2 * tile + values) / SLOTS % 2);
+    };
+    auto leave = [&](int tile, int values) {  // a slot is empty once both groups say so
+        if (lane == 0) arrive(empty(slot_of(tile, values)));
+    };
+    // Named barriers, one for each group: it may queue products. With rows in common there is no need.
+    auto await_turn = [&] {
+        if (!TURNS) asm volatile("bar.sync %0, 256;" :: "r"(2 + worker) : "memory");
+    };
+    auto pass_turn = [&] {
+        if (!TURNS) asm volatile("bar.arrive %0, 256;" :: "r"(3 - worker) : "memory");
+    };
+    if (worker == 1) pass_turn();
+
+    auto skip = [&](int tile) {
+        wait_for(tile, 0);
+        await_turn(), pass_turn();
+        wait_for(tile, 1);
+        leave(tile, 0), leave(tile, 1);
+    };
+    auto begin_tile = [&](int tile) {
+        wait_for(tile, 0);
+        await_turn();
         begin_scores(scores);
         UNROLL for (int i = 0; i < HEAD_DIM / 16; i++)
             multiply_keys(scores, rows_of_query + ((i / 4 * ROWS * 128 + i % 4 * 32) >> 4),
-                          matrix_at(ring + of_keys * SLOT_BYTES + i / 4 * KEYS * 128 + i % 4 * 32, 16), i > 0);
+                          matrix_at(ring + slot_of(tile, 0) * SLOT_BYTES + i / 4 * KEYS * 128 + i % 4 * 32, 16), i > 0);
         end_products();
-        wait_for_scores(scores);
-        if (lane == 0) arrive(empty(of_keys));
-
+    };
+    auto add_values = [&](int tile) {
+        wait_for(tile, 1);
+        begin_sums(sums, weights);
+        UNROLL for (int i = 0; i < KEYS / 16; i++)
+            multiply_values(sums, weights[i],
+                            matrix_at(ring + slot_of(tile, 1) * SLOT_BYTES + i * 2048, KEYS * 128));
+        end_products();
+    };
+    auto finish_values = [&](int tile) {
+        wait_for_sums(sums);
+        leave(tile, 1);
+    };
+    auto weigh = [&](int tile) {  // running maximum and sum; scores become weights
+        const int first_key = begin + tile * KEYS;
         if (SOFTCAP)
             UNROLL for (int i = 0; i < SCORES; i++)
                 scores[i] = cap - 2 * cap * reciprocal(1 + exp2_fast(scores[i] * to_scores));
@@ -302,9 +357,7 @@ cla_prompt(const unsigned short* q, const char* keys, const char* values, const 
                 if (key > position || (window > 0 && key <= position - window))
                     scores[i] = -__int_as_float(0x7f800000);
             }
-
-        // running maximum and sum
-        float top_low = LEAST, top_high = LEAST;
+        float top_low = max_low, top_high = max_high;
         UNROLL for (int i = 0; i < SCORES; i += 4) {
             top_low = fmaxf(top_low, fmaxf(scores[i], scores[i + 1]));
             top_high = fmaxf(top_high, fmaxf(scores[i + 2], scores[i + 3]));
@@ -313,33 +366,48 @@ cla_prompt(const unsigned short* q, const char* keys, const char* values, const 
             top_low = fmaxf(top_low, __shfl_xor_sync(~0u, top_low, i));
             top_high = fmaxf(top_high, __shfl_xor_sync(~0u, top_high, i));
         }
-        if (__any_sync(~0u, top_low > max_low || top_high > max_high)) {
-            top_low = fmaxf(max_low, top_low), top_high = fmaxf(max_high, top_high);
-            const float shrink_low = exp2_fast((max_low - top_low) * factor);
-            const float shrink_high = exp2_fast((max_high - top_high) * factor);
-            max_low = top_low, max_high = top_high;
-            sum_low *= shrink_low, sum_high *= shrink_high;
-            UNROLL for (int i = 0; i < SUMS; i++) sums[i] *= i & 2 ? shrink_high : shrink_low;
-        }
+        shrink_low = exp2_fast((max_low - top_low) * factor), shrink_high = exp2_fast((max_high - top_high) * factor);
+        max_low = top_low, max_high = top_high;
         const float from_low = max_low * factor, from_high = max_high * factor;
         UNROLL for (int i = 0; i < SCORES; i++)
             scores[i] = exp2_fast(scores[i] * factor - (i & 2 ? from_high : from_low));
+        sum_low *= shrink_low, sum_high *= shrink_high;
         UNROLL for (int i = 0; i < SCORES; i += 4) {
             sum_low += scores[i] + scores[i + 1];
             sum_high += scores[i + 2] + scores[i + 3];
         }
-        u32 weights[KEYS / 16][4];
+    };
+    auto pack_weights = [&] {
         UNROLL for (int i = 0; i < KEYS / 16; i++)
             UNROLL for (int j = 0; j < 4; j++) weights[i][j] = pack(scores[i * 8 + j * 2], scores[i * 8 + j * 2 + 1]);
+    };
 
-        wait(filled(of_values), parity_of_values);
-        begin_sums(sums, weights);
-        UNROLL for (int i = 0; i < KEYS / 16; i++)
-            multiply_values(sums, weights[i], matrix_at(ring + of_values * SLOT_BYTES + i * 2048, KEYS * 128));
-        end_products();
-        wait_for_sums(sums);
-        if (lane == 0) arrive(empty(of_values));
+    int tile = 0;
+    for (; tile < min(first, tiles); tile++) skip(tile);
+    if (first <= last) {
+        begin_tile(first);
+        pass_turn();
+        wait_for_scores(scores);
+        leave(first, 0);
+        weigh(first);
+        pack_weights();
+        for (tile = first + STEP; tile <= last; tile += STEP) {
+            if (TURNS) skip(tile - 1);
+            begin_tile(tile);
+            add_values(tile - STEP);
+            pass_turn();
+            wait_for_scores_alone(scores);
+            leave(tile, 0);
+            weigh(tile);
+            finish_values(tile - STEP);
+            UNROLL for (int i = 0; i < SUMS; i++) sums[i] *= i & 2 ? shrink_high : shrink_low;
+            pack_weights();
+        }
+        add_values(last);
+        finish_values(last);
+        tile = last + 1;
     }
+    for (; tile < tiles; tile++) skip(tile);
 
     UNROLL for (int i = 1; i < 4; i <<= 1) {
         sum_low += __shfl_xor_sync(~0u, sum_low, i);
