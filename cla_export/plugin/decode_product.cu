@@ -9,7 +9,7 @@
 
 constexpr int MOST_BLOCKS = 8;  // of a cluster
 #if BITS < 16 && TOKENS >= 32
-#define BOUNDS __launch_bounds__(THREADS, 256 / THREADS * 2)  // else wide tiles take registers that two have room for
+#define BOUNDS __launch_bounds__(THREADS, 512 / THREADS)  // else wide tiles take registers that two have room for
 #else
 #define BOUNDS __launch_bounds__(THREADS)
 #endif

@@ -4,7 +4,7 @@
 // compile.py specialises these sources by macros:
 //   BF16    1: bfloat16, 0: float16
 //   BITS    of a weight: 16, 8 or 4
-//   ROWS    of a weight, in a tile: 64 or 128; 64 with 16 bits
+//   ROWS    of a weight, in a tile: 64, 128 or 256; 64 with 16 bits
 //   TOKENS  columns of a tile: 8, 16, 32 or 64; a call has no more tokens than that
 //   STAGES  depth of a block's ring
 //   GROUPS  1: warp groups multiply (Hopper's), 0: warps do

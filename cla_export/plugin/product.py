@@ -14,9 +14,25 @@ _STAGES = {  # of a block's ring, by bits and by tokens of a tile; fewer where m
 }
 _ROW_BYTES = 128  # of a weight, in a stage
 _MOST_BLOCKS = 8  # of a cluster
-# Blocks to aim for, a multiprocessor: measured on an H200. With wide tiles three fit, and their
-# sums take long to add up; the others are better off with room for the next kernel's first stages.
-_BLOCKS, _WIDE_BLOCKS = 1.2, 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a weight is cut into tiles and these among blocks."""
+
+    rows: int
+    warp_groups: bool
+    blocks: float  # to aim for, a multiprocessor
+
+
+# By bits: of up to 32 tokens, and of more. Measured on an H200: of wide tiles with 16 bits three
+# blocks fit, and their sums take long to add up; the others are better off with room for the next
+# kernel's first stages.
+_CUTS = {
+    16: (Cut(64, False, 1.2), Cut(64, True, 2.0)),
+    8: (Cut(128, False, 1.2), Cut(128, True, 1.2)),
+    4: (Cut(128, False, 1.2), Cut(128, True, 1.2)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +83,19 @@ def plan_product(
     if not gpu.has_clusters or tokens > MOST_TOKENS or k % columns or n % 4:
         return None
     tile = next(size for size in _TILES if tokens <= size)
-    rows = 64 if bits == 16 else 128
-    warp_groups = tile == MOST_TOKENS
-    if warp_groups and gpu.compute_capability != (9, 0):
-        if bits == 16:
-            return None
-        warp_groups = False
-    stages = min(_STAGES[bits][tile], gpu.shared_per_block // _stage_bytes(bits, rows, tile))
+    cut = _CUTS[bits][tile == MOST_TOKENS]
+    warp_groups = cut.warp_groups and gpu.compute_capability == (9, 0)
+    if bits == 16 and warp_groups != cut.warp_groups:
+        return None
+    stage_bytes = _stage_bytes(bits, cut.rows, tile)
+    stages = min(_STAGES[bits][tile], gpu.shared_per_block // stage_bytes)
     if stages < 2:
         return None
-    clusters = -(-n // (rows // 2 if gated else rows))
-    wide = bits == 16 and tile == MOST_TOKENS
-    aim = gpu.multiprocessors * (_WIDE_BLOCKS if wide else _BLOCKS)
+    clusters = -(-n // (cut.rows // 2 if gated else cut.rows))
     chunks = -(-k // _chunk(bits))
-    blocks = max(1, min(_MOST_BLOCKS, chunks, round(aim / clusters)))
-    return ProductPlan(bits, rows, tile, warp_groups, stages, clusters, blocks)
+    aim = round(gpu.multiprocessors * cut.blocks / clusters)
+    blocks = max(1, min(_MOST_BLOCKS, chunks, aim))
+    return ProductPlan(bits, cut.rows, tile, warp_groups, stages, clusters, blocks)
 
 
 def _chunk(bits: int) -> int:
