@@ -158,6 +158,8 @@ DEVICE void unpack(u32 (&pairs)[PAIRS], u32 word, u32 scale, const Masks& masks)
     UNROLL for (int i = 0; i < PAIRS; i++) pairs[i] = multiply_both(pairs[i], scale);
 }
 
+DEVICE int part_of_columns() { return COLUMN_WARPS == 1 ? 0 : (threadIdx.x >> 5) / ROW_WARPS; }  // a warp's
+
 // Add the products of 16 rows of the weight, which a warp has in registers, and all tokens: of two times 16 columns,
 // from `piece` on.
 #if GROUPS
@@ -194,7 +196,8 @@ typedef u32 Tokens;
 DEVICE Tokens tokens_of(u32 stage) {  // where a thread reads the first
     const int lane = threadIdx.x & 31;
     const int token = TOKENS == 8 ? lane & 7 : lane >> 1 & 8 | lane & 7;
-    return stage + place_token(token, TOKENS == 8 ? lane >> 3 : lane >> 3 & 1);
+    return stage + part_of_columns() * (CHUNK / 64 / COLUMN_WARPS * TOKENS * 128) +
+           place_token(token, TOKENS == 8 ? lane >> 3 : lane >> 3 & 1);
 }
 
 DEVICE void multiply_two(float (&sums)[SUMS], const u32 (&first)[4], const u32 (&second)[4], Tokens tokens, int piece) {
@@ -214,12 +217,13 @@ DEVICE void multiply_two(float (&sums)[SUMS], const u32 (&first)[4], const u32 (
 #endif
 
 DEVICE void multiply_stage(float (&sums)[SUMS], u32 stage, int k, const Masks& masks) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, odd = k / 32 & 1;
-    const int row = warp * 16 + (lane >> 2);
-    const u32 scales = stage + SCALES_AT + row * (SCALE_WORDS * 4) + (row & odd) * 2;  // and 8 rows below
-    const u32 first = stage + place(warp * 16 + (lane & 15), lane >> 4);
+    const int warp = (threadIdx.x >> 5) % ROW_WARPS, part = part_of_columns(), lane = threadIdx.x & 31;
+    const int row = warp * 16 + (lane >> 2), odd = k / 32 & 1;
+    const u32 scales = stage + SCALES_AT + row * (SCALE_WORDS * 4) + (row & odd) * 2 +  // and 8 rows below
+                       part * (SCALES / COLUMN_WARPS * 2);
+    const u32 first = stage + place(warp * 16 + (lane & 15), part * (PIECES / COLUMN_WARPS) + (lane >> 4));
     const Tokens tokens = tokens_of(stage);
-    UNROLL for (int i = 0; i < PIECES; i += 2) {
+    UNROLL for (int i = 0; i < PIECES / COLUMN_WARPS; i += 2) {
         u32 words[4];  // of rows from 0 and 8, in a piece of 16 bytes and the next
         load_matrices(words, first ^ i * 16);
         UNROLL for (int b = 0; b < SCALES * 2 / PIECES; b++) {  // blocks of 32 columns

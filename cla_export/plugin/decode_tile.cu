@@ -8,6 +8,7 @@
 //   TOKENS  columns of a tile: 8, 16, 32 or 64; a call has no more tokens than that
 //   STAGES  depth of a block's ring
 //   GROUPS  1: warp groups multiply (Hopper's), 0: warps do
+//   COLUMN_WARPS  that share a stage's columns: 1 or 2; 1 with GROUPS
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -49,7 +50,6 @@ DEVICE void multiply(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
 
 constexpr int CHUNK = 1024 / BITS;               // columns of a stage, 128 bytes of a row
 constexpr int ROW_WARPS = BITS == 16 ? 4 : ROWS / 16;         // that share a tile's rows
-constexpr int COLUMN_WARPS = BITS == 16 && !GROUPS ? 2 : 1;   // that share a stage's columns
 constexpr int WARPS = ROW_WARPS * COLUMN_WARPS, THREADS = WARPS * 32;
 constexpr int PIECES = 128 / 16;                 // of 16 bytes, in a row of a stage
 constexpr int SCALES = BITS == 16 ? 0 : CHUNK / 32;              // of a row of a stage

@@ -21,7 +21,7 @@ class Cut:
     """How a weight is cut into tiles and these among blocks."""
 
     rows: int
-    warp_groups: bool
+    column_warps: int  # that share a stage's columns; 0: warp groups multiply
     blocks: float  # to aim for, a multiprocessor
 
 
@@ -29,9 +29,9 @@ class Cut:
 # blocks fit, and their sums take long to add up; the others are better off with room for the next
 # kernel's first stages.
 _CUTS = {
-    16: (Cut(64, False, 1.2), Cut(64, True, 2.0)),
-    8: (Cut(128, False, 1.2), Cut(128, True, 1.2)),
-    4: (Cut(128, False, 1.2), Cut(128, True, 1.2)),
+    16: (Cut(64, 2, 1.2), Cut(64, 0, 2.0)),
+    8: (Cut(128, 1, 1.2), Cut(128, 0, 1.2)),
+    4: (Cut(128, 1, 1.2), Cut(128, 0, 1.2)),
 }
 
 
@@ -42,7 +42,7 @@ class ProductPlan:
     bits: int  # of the weight
     rows: int
     tokens: int
-    warp_groups: bool  # that multiply, rather than warps
+    column_warps: int  # that share a stage's columns; 0: warp groups multiply
     stages: int
     clusters: int
     blocks: int
@@ -54,9 +54,8 @@ class ProductPlan:
 
     @property
     def threads(self) -> int:
-        """Of a block: a warp for 16 rows, or two where they share columns."""
-        alone = self.bits < 16 or self.warp_groups
-        return self.rows * (2 if alone else 4)
+        """Of a block: a warp for 16 rows, or as many as share columns."""
+        return self.rows * 2 * max(1, self.column_warps)
 
     def macros(self, bf16: bool) -> list[tuple[str, str]]:
         """As the kernel's sources expect them."""
@@ -66,7 +65,8 @@ class ProductPlan:
             "ROWS": self.rows,
             "TOKENS": self.tokens,
             "STAGES": self.stages,
-            "GROUPS": int(self.warp_groups),
+            "GROUPS": int(not self.column_warps),
+            "COLUMN_WARPS": max(1, self.column_warps),
         }
         return [(name, str(number)) for name, number in numbers.items()]
 
@@ -84,9 +84,11 @@ def plan_product(
         return None
     tile = next(size for size in _TILES if tokens <= size)
     cut = _CUTS[bits][tile == MOST_TOKENS]
-    warp_groups = cut.warp_groups and gpu.compute_capability == (9, 0)
-    if bits == 16 and warp_groups != cut.warp_groups:
-        return None
+    column_warps = cut.column_warps
+    if not column_warps and gpu.compute_capability != (9, 0):
+        if bits == 16:
+            return None
+        column_warps = 1
     stage_bytes = _stage_bytes(bits, cut.rows, tile)
     stages = min(_STAGES[bits][tile], gpu.shared_per_block // stage_bytes)
     if stages < 2:
@@ -95,7 +97,7 @@ def plan_product(
     chunks = -(-k // _chunk(bits))
     aim = round(gpu.multiprocessors * cut.blocks / clusters)
     blocks = max(1, min(_MOST_BLOCKS, chunks, aim))
-    return ProductPlan(bits, cut.rows, tile, warp_groups, stages, clusters, blocks)
+    return ProductPlan(bits, cut.rows, tile, column_warps, stages, clusters, blocks)
 
 
 def _chunk(bits: int) -> int:
