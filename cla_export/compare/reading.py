@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -202,7 +203,7 @@ def _read_quantized(
         got = how.of_weight(name).unpack(packed, scales, want.shape[1])
         allowed = how.of_weight(name).largest_error(want)
     allowed *= _SLACK
-    allowed += np.abs(want) * np.finfo(scales.dtype).eps  # scales are rounded too
+    allowed += np.abs(want) * float(ml_dtypes.finfo(scales.dtype).eps)  # scales are rounded too
     wrong = ~(np.abs(got - want) <= allowed)
     if wrong.any():
         into.faults.append(

@@ -1,14 +1,23 @@
 """int4 and int8 weights: packing, the graph, what is refused."""
 
+import shutil
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 from models_zoo import MIXED, Zoo, make_spec, random_model
 
+from cla_export.bundle import Bundle
 from cla_export.compare.gate import compare_bundle
+from cla_export.compare.reading import read_bundle
 from cla_export.errors import BadInput
 from cla_export.exporter import export
 from cla_export.quantization import PACKED, SCALES, Quantization
+
+
+def linear_weights(overrides) -> list[str]:
+    parameters = random_model(make_spec(**overrides)).named_parameters()
+    return [name for name, value in parameters if value.ndim == 2 and "embed" not in name]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -36,8 +45,7 @@ def test_packing_leaves_the_root_logger_alone(caplog):
 def test_every_linear_weight_is_quantised_and_the_bundle_passes(zoo: Zoo, quantize):
     bundle = zoo.bundle("onnxruntime", "fp32", quantize, **MIXED)
     graph = ir.load(bundle.graph).graph
-    weights = [name for name, value in random_model(make_spec(**MIXED)).named_parameters()
-               if value.ndim == 2 and "embed" not in name]  # fmt: skip
+    weights = linear_weights(MIXED)
     assert {name + part for name in weights for part in (PACKED, SCALES)} <= set(graph.initializers)
     assert not set(weights) & set(graph.initializers)
     products = [node for node in graph if node.op_type == "MatMulNBits"]
@@ -56,6 +64,26 @@ def test_a_tied_head_is_quantised_beside_the_embedding(zoo: Zoo):
     names = set(ir.load(bundle.graph).graph.initializers)
     assert {"model.embed_tokens.weight", f"lm_head.weight{PACKED}"} <= names
     assert compare_bundle(bundle, threads=1).passed
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("quantize", ["int4", "int8"])
+def test_weights_are_read_whatever_their_scales_dtype(zoo: Zoo, tmp_path, dtype, quantize):
+    """Weights of 16 bits and their scales are rounded; a scale that is off by more is a fault."""
+    bundle = zoo.bundle("onnxruntime", dtype, quantize, **MIXED)
+    model = zoo.model(**MIXED)
+    reading = read_bundle(bundle, model)
+    assert reading.faults == []
+    assert reading.quantized.keys() == set(linear_weights(MIXED))
+    copy = shutil.copytree(bundle.folder, tmp_path / "copy")
+    graph = ir.load(copy / "model.onnx")
+    scales = graph.graph.initializers["model.layers.0.mlp.up_proj.weight" + SCALES]
+    wrong = scales.const_value.numpy().copy()
+    wrong[0, 0] *= wrong.dtype.type(1.25)
+    scales.const_value = ir.tensor(wrong)
+    ir.save(graph, copy / "model.onnx")
+    faults = read_bundle(Bundle(copy, bundle.manifest, bundle.layout), model).faults
+    assert any("layers.0.mlp.up_proj.weight" in fault and quantize in fault for fault in faults)
 
 
 def test_refusals(zoo: Zoo, tmp_path):
