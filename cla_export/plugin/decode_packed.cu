@@ -45,7 +45,8 @@ DEVICE void store_words(u32 address, u32 a, u32 b) {
 
 // A warp copies 32 columns of 8 tokens at a time, a thread 8 columns of one; tokens are dealt so that no banks meet.
 struct TokenCopies {
-    static constexpr int ALL = TOKENS / 8 * SCALES, COUNT = (ALL + WARPS - 1) / WARPS;
+    static constexpr int ALL = TOKENS / 8 * SCALES, COUNT = ALL / WARPS;
+    static_assert(ALL % WARPS == 0, "every warp has as many copies");
     static constexpr int IN_TURN = WARPS < SCALES ? SCALES / WARPS : 1;   // copies of the same tokens
     static constexpr int AT_ONCE = WARPS > SCALES ? WARPS / SCALES : 1;   // tokens, by eights
     const u16* from;
@@ -68,7 +69,6 @@ struct TokenCopies {
 
     DEVICE void fetch(u32 stage, int tokens, int k) {
         UNROLL for (int i = 0; i < COUNT; i++) {
-            if (ALL % WARPS && token >= TOKENS) break;
             const bool there = token + tokens_before(i) < tokens && left > columns_before(i);
             copy_async(stage + at + offset(i), there ? from + tokens_before(i) * k + columns_before(i) : from, there);
         }
@@ -80,7 +80,6 @@ struct TokenCopies {
     // 8, and of its last. With 8 bits these are 4t to 4t + 3 of 16; with 4 bits they come from 8t to 8t + 7 of 32, each
     // beside the one four behind it.
     DEVICE void arrange(u32 stage) const {
-        if (ALL % WARPS && token >= TOKENS) return;
         constexpr int BATCH = COUNT < 4 ? COUNT : 4;
         UNROLL for (int first = 0; first < COUNT; first += BATCH) {
             u32 two[BATCH][4];
@@ -158,8 +157,6 @@ DEVICE void unpack(u32 (&pairs)[PAIRS], u32 word, u32 scale, const Masks& masks)
     UNROLL for (int i = 0; i < PAIRS; i++) pairs[i] = multiply_both(pairs[i], scale);
 }
 
-DEVICE int part_of_columns() { return COLUMN_WARPS == 1 ? 0 : (threadIdx.x >> 5) / ROW_WARPS; }  // a warp's
-
 // Add the products of 16 rows of the weight, which a warp has in registers, and all tokens: of two times 16 columns,
 // from `piece` on.
 #if GROUPS
@@ -168,20 +165,10 @@ DEVICE Tokens tokens_of(u32 stage) { return tile_at(stage + TOKENS_AT); }
 
 DEVICE void multiply_one(float (&s)[SUMS], const u32 (&a)[4], Tokens tokens, int piece) {
     const Tokens tile = tokens + (place_token(0, piece) - TOKENS_AT) / 16;
-#define MULTIPLY(n, sums, list, a0, a1, a2, a3, b) \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." OPERAND "." OPERAND " " \
-                 "{" list "}, {" a0 "," a1 "," a2 "," a3 "}, " b ", 1, 1, 1, 0;" \
-                 : sums(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile) : "memory")
-#if TOKENS == 8
-    MULTIPLY(8, SUMS_4, "%0,%1,%2,%3", "%4", "%5", "%6", "%7", "%8");
-#elif TOKENS == 16
-    MULTIPLY(16, SUMS_8, "%0,%1,%2,%3,%4,%5,%6,%7", "%8", "%9", "%10", "%11", "%12");
-#elif TOKENS == 32
-    MULTIPLY(32, SUMS_16, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16", "%17", "%18", "%19", "%20");
-#else
-    MULTIPLY(64, SUMS_32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31", "%32", "%33", "%34", "%35", "%36");
-#endif
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." OPERAND "." OPERAND " "
+                 ALL_PLACES ", {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+                 : ALL_SUMS
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile) : "memory");
 }
 
 DEVICE void multiply_two(float (&sums)[SUMS], const u32 (&first)[4], const u32 (&second)[4], Tokens tokens, int piece) {
@@ -196,8 +183,7 @@ typedef u32 Tokens;
 DEVICE Tokens tokens_of(u32 stage) {  // where a thread reads the first
     const int lane = threadIdx.x & 31;
     const int token = TOKENS == 8 ? lane & 7 : lane >> 1 & 8 | lane & 7;
-    return stage + part_of_columns() * (CHUNK / 64 / COLUMN_WARPS * TOKENS * 128) +
-           place_token(token, TOKENS == 8 ? lane >> 3 : lane >> 3 & 1);
+    return stage + place_token(token, TOKENS == 8 ? lane >> 3 : lane >> 3 & 1);
 }
 
 DEVICE void multiply_two(float (&sums)[SUMS], const u32 (&first)[4], const u32 (&second)[4], Tokens tokens, int piece) {
@@ -217,13 +203,12 @@ DEVICE void multiply_two(float (&sums)[SUMS], const u32 (&first)[4], const u32 (
 #endif
 
 DEVICE void multiply_stage(float (&sums)[SUMS], u32 stage, int k, const Masks& masks) {
-    const int warp = (threadIdx.x >> 5) % ROW_WARPS, part = part_of_columns(), lane = threadIdx.x & 31;
+    const int warp = (threadIdx.x >> 5) % ROW_WARPS, lane = threadIdx.x & 31;
     const int row = warp * 16 + (lane >> 2), odd = k / 32 & 1;
-    const u32 scales = stage + SCALES_AT + row * (SCALE_WORDS * 4) + (row & odd) * 2 +  // and 8 rows below
-                       part * (SCALES / COLUMN_WARPS * 2);
-    const u32 first = stage + place(warp * 16 + (lane & 15), part * (PIECES / COLUMN_WARPS) + (lane >> 4));
+    const u32 scales = stage + SCALES_AT + row * (SCALE_WORDS * 4) + (row & odd) * 2;  // and 8 rows below
+    const u32 first = stage + place(warp * 16 + (lane & 15), lane >> 4);
     const Tokens tokens = tokens_of(stage);
-    UNROLL for (int i = 0; i < PIECES / COLUMN_WARPS; i += 2) {
+    UNROLL for (int i = 0; i < PIECES; i += 2) {
         u32 words[4];  // of rows from 0 and 8, in a piece of 16 bytes and the next
         load_matrices(words, first ^ i * 16);
         UNROLL for (int b = 0; b < SCALES * 2 / PIECES; b++) {  // blocks of 32 columns

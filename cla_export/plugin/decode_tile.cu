@@ -4,11 +4,10 @@
 // compile.py specialises these sources by macros:
 //   BF16    1: bfloat16, 0: float16
 //   BITS    of a weight: 16, 8 or 4
-//   ROWS    of a weight, in a tile: 64, 128 or 256; 64 with 16 bits
+//   ROWS    of a weight, in a tile: 64 or 256; 64 with 16 bits
 //   TOKENS  columns of a tile: 8, 16, 32 or 64; a call has no more tokens than that
 //   STAGES  depth of a block's ring
-//   GROUPS  1: warp groups multiply (Hopper's), 0: warps do
-//   COLUMN_WARPS  that share a stage's columns: 1 or 2; 1 with GROUPS
+//   GROUPS  1: warp groups multiply (Hopper's) 64 tokens, 0: warps do
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -49,7 +48,8 @@ DEVICE void multiply(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
 }
 
 constexpr int CHUNK = 1024 / BITS;               // columns of a stage, 128 bytes of a row
-constexpr int ROW_WARPS = BITS == 16 ? 4 : ROWS / 16;         // that share a tile's rows
+constexpr int ROW_WARPS = ROWS / 16;             // that share a tile's rows
+constexpr int COLUMN_WARPS = BITS == 16 && !GROUPS ? 2 : 1;  // that share a stage's columns
 constexpr int WARPS = ROW_WARPS * COLUMN_WARPS, THREADS = WARPS * 32;
 constexpr int PIECES = 128 / 16;                 // of 16 bytes, in a row of a stage
 constexpr int SCALES = BITS == 16 ? 0 : CHUNK / 32;              // of a row of a stage
@@ -88,20 +88,15 @@ struct WeightCopies {
     }
 };
 
-// The sums of a thread: tiles of 16 rows of the weight and 8 tokens; or of 64 tokens, which are 16 bits' warp group's
-// rows, and 8 of the weight.
+// The sums of a thread: tiles of 16 rows of the weight and 8 tokens; or of 64 tokens, which are the rows of a warp
+// group's product with 16 bits, and 8 rows of the weight.
 #if BITS == 16 && GROUPS
-constexpr int ROW_TILES = 0, TOKEN_TILES = 0, SUMS = ROWS / 2;
+constexpr int SUMS = ROWS / 2;
 #else
 // Warps with packed weights have two of each, where there is room, so that multiplications wait less for each other.
-constexpr int ROW_TILES = ROWS / 16 / ROW_WARPS, TOKEN_TILES = TOKENS / 8, PARTS = ROW_TILES * TOKEN_TILES * 4;
+constexpr int TOKEN_TILES = TOKENS / 8, PARTS = TOKEN_TILES * 4;
 constexpr int OTHER = BITS < 16 && !GROUPS && TOKENS < 64 ? PARTS : 0, SUMS = PARTS + OTHER;
 #endif
-
-#define SUMS_4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
-#define SUMS_8(i) SUMS_4(i), SUMS_4(i + 4)
-#define SUMS_16(i) SUMS_8(i), SUMS_8(i + 8)
-#define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
 
 #if BITS == 16
 struct Masks {
@@ -110,6 +105,15 @@ struct Masks {
 #endif
 
 #if GROUPS
+static_assert(SUMS == 32, "a warp group multiplies tiles of 64 by 64");
+#define SUMS_8(i) \
+    "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3]), \
+    "+f"(s[i + 4]), "+f"(s[i + 5]), "+f"(s[i + 6]), "+f"(s[i + 7])
+#define ALL_SUMS SUMS_8(0), SUMS_8(8), SUMS_8(16), SUMS_8(24)
+#define ALL_PLACES \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+
 DEVICE unsigned long long tile_at(u32 address) {  // rows of 128 bytes, swizzled, 8 of them every 1024
     return 1ull << 62 | 64ull << 32 | 1ull << 16 | (address & 0x3ffff) >> 4;
 }
@@ -119,14 +123,7 @@ DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" 
 
 template <int LEFT>
 DEVICE void wait_for_products(float (&s)[SUMS]) {
-    if constexpr (SUMS == 32)
-        asm volatile("wgmma.wait_group.sync.aligned %32;" : SUMS_32(0) : "n"(LEFT) : "memory");
-    else if constexpr (SUMS == 16)
-        asm volatile("wgmma.wait_group.sync.aligned %16;" : SUMS_16(0) : "n"(LEFT) : "memory");
-    else if constexpr (SUMS == 8)
-        asm volatile("wgmma.wait_group.sync.aligned %8;" : SUMS_8(0) : "n"(LEFT) : "memory");
-    else
-        asm volatile("wgmma.wait_group.sync.aligned %4;" : SUMS_4(0) : "n"(LEFT) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %32;" : ALL_SUMS : "n"(LEFT) : "memory");
 }
 
 // Before the barrier behind which a stage is multiplied, and the one before it is written again.
@@ -144,9 +141,8 @@ DEVICE void multiply_stage(float (&s)[SUMS], u32 stage, int, const Masks&) {
     begin_products();
     UNROLL for (int i = 0; i < PIECES / 2; i++)
         asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." OPERAND "." OPERAND " "
-                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
-                     : SUMS_32(0)
+                     ALL_PLACES ", %32, %33, 1, 1, 1, 0, 0;"
+                     : ALL_SUMS
                      : "l"(tile_at(stage + TOKENS_AT + i * 32)), "l"(tile_at(stage + i * 32)) : "memory");
     commit_products();
 }
@@ -163,9 +159,8 @@ DEVICE void leave(const float (&sums)[SUMS], float* buffer) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     buffer += warp / ROW_WARPS * TOKENS * PITCH;
     UNROLL for (int i = 0; i < PARTS; i++) {
-        const int tile = i / 4 / TOKEN_TILES + warp % ROW_WARPS * ROW_TILES;
-        const int row = tile * 16 + (i >> 1 & 1) * 8 + (lane >> 2);
-        const int token = i / 4 % TOKEN_TILES * 8 + (lane & 3) * 2 + (i & 1);
+        const int row = (warp % ROW_WARPS * 2 + (i >> 1 & 1)) * 8 + (lane >> 2);
+        const int token = i / 4 * 8 + (lane & 3) * 2 + (i & 1);
         buffer[token * PITCH + row] = OTHER ? sums[i] + sums[i + OTHER] : sums[i];
     }
 }
@@ -205,19 +200,14 @@ DEVICE void multiply_stage(float (&sums)[SUMS], u32 stage, int, const Masks&) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     UNROLL for (int i = 0; i < STEPS; i++) {
         const int piece = (warp / ROW_WARPS * STEPS + i) * 2;  // the first of 16 columns
-        u32 weights[ROW_TILES][4], columns[(TOKEN_TILES + 1) / 2][4];
-        UNROLL for (int r = 0; r < ROW_TILES; r++) {
-            const int row = (warp % ROW_WARPS * ROW_TILES + r) * 16 + (lane & 15);
-            load_matrices(weights[r], stage + place(row, piece + (lane >> 4)));
-        }
+        u32 weights[4], columns[(TOKEN_TILES + 1) / 2][4];
+        load_matrices(weights, stage + place(warp % ROW_WARPS * 16 + (lane & 15), piece + (lane >> 4)));
         UNROLL for (int t = 0; t < TOKEN_TILES; t += 2) {
             const int token = t * 8 + (TOKENS > 8 ? lane >> 4 : 0) * 8 + (lane & 7);
             load_matrices(columns[t / 2], stage + place_token(token, piece + (lane >> 3 & 1)));
         }
-        UNROLL for (int r = 0; r < ROW_TILES; r++)
-            UNROLL for (int t = 0; t < TOKEN_TILES; t++)
-                multiply(sums + (r * TOKEN_TILES + t) * 4, weights[r], columns[t / 2][t % 2 * 2],
-                         columns[t / 2][t % 2 * 2 + 1]);
+        UNROLL for (int t = 0; t < TOKEN_TILES; t++)
+            multiply(sums + t * 4, weights, columns[t / 2][t % 2 * 2], columns[t / 2][t % 2 * 2 + 1]);
     }
 }
 #endif

@@ -9,8 +9,8 @@ BLOCK = 32  # columns that packed weights have a scale for
 _TILES = (8, 16, 32, 64)  # tokens
 _STAGES = {  # of a block's ring, by bits and by tokens of a tile; fewer where memory is short
     16: {8: 8, 16: 8, 32: 6, 64: 4},
-    8: {8: 5, 16: 5, 32: 4, 64: 3},
-    4: {8: 4, 16: 4, 32: 3, 64: 2},
+    8: {8: 6, 16: 5, 32: 3, 64: 3},
+    4: {8: 5, 16: 4, 32: 2, 64: 2},
 }
 _ROW_BYTES = 128  # of a weight, in a stage
 _MOST_BLOCKS = 8  # of a cluster
@@ -21,17 +21,15 @@ class Cut:
     """How a weight is cut into tiles and these among blocks."""
 
     rows: int
-    column_warps: int  # that share a stage's columns; 0: warp groups multiply
     blocks: float  # to aim for, a multiprocessor
 
 
-# By bits: of up to 32 tokens, and of more. Measured on an H200: of wide tiles with 16 bits three
-# blocks fit, and their sums take long to add up; the others are better off with room for the next
-# kernel's first stages.
+# By bits: of up to 32 tokens, and of more. Measured on an H200, products of a model one behind
+# another. Of wide tiles with 16 bits three blocks fit, but their sums take long to add up.
 _CUTS = {
-    16: (Cut(64, 2, 1.2), Cut(64, 0, 2.0)),
-    8: (Cut(128, 1, 1.2), Cut(128, 0, 1.2)),
-    4: (Cut(128, 1, 1.2), Cut(128, 0, 1.2)),
+    16: (Cut(64, 1.2), Cut(64, 2.0)),
+    8: (Cut(64, 2.8), Cut(64, 2.8)),
+    4: (Cut(64, 2.8), Cut(256, 0.8)),
 }
 
 
@@ -42,7 +40,7 @@ class ProductPlan:
     bits: int  # of the weight
     rows: int
     tokens: int
-    column_warps: int  # that share a stage's columns; 0: warp groups multiply
+    groups: bool  # warp groups multiply
     stages: int
     clusters: int
     blocks: int
@@ -54,8 +52,8 @@ class ProductPlan:
 
     @property
     def threads(self) -> int:
-        """Of a block: a warp for 16 rows, or as many as share columns."""
-        return self.rows * 2 * max(1, self.column_warps)
+        """Of a block: a warp for 16 rows, or two that share a stage's columns."""
+        return self.rows * (4 if self.bits == 16 and not self.groups else 2)
 
     def macros(self, bf16: bool) -> list[tuple[str, str]]:
         """As the kernel's sources expect them."""
@@ -65,8 +63,7 @@ class ProductPlan:
             "ROWS": self.rows,
             "TOKENS": self.tokens,
             "STAGES": self.stages,
-            "GROUPS": int(not self.column_warps),
-            "COLUMN_WARPS": max(1, self.column_warps),
+            "GROUPS": int(self.groups),
         }
         return [(name, str(number)) for name, number in numbers.items()]
 
@@ -83,12 +80,11 @@ def plan_product(
     if not gpu.has_clusters or tokens > MOST_TOKENS or k % columns or n % 4:
         return None
     tile = next(size for size in _TILES if tokens <= size)
-    cut = _CUTS[bits][tile == MOST_TOKENS]
-    column_warps = cut.column_warps
-    if not column_warps and gpu.compute_capability != (9, 0):
-        if bits == 16:
-            return None
-        column_warps = 1
+    wide = tile == MOST_TOKENS
+    groups = wide and gpu.compute_capability == (9, 0)
+    if wide and bits == 16 and not groups:
+        return None
+    cut = _CUTS[bits][wide]
     stage_bytes = _stage_bytes(bits, cut.rows, tile)
     stages = min(_STAGES[bits][tile], gpu.shared_per_block // stage_bytes)
     if stages < 2:
@@ -97,7 +93,7 @@ def plan_product(
     chunks = -(-k // _chunk(bits))
     aim = round(gpu.multiprocessors * cut.blocks / clusters)
     blocks = max(1, min(_MOST_BLOCKS, chunks, aim))
-    return ProductPlan(bits, cut.rows, tile, column_warps, stages, clusters, blocks)
+    return ProductPlan(bits, cut.rows, tile, groups, stages, clusters, blocks)
 
 
 def _chunk(bits: int) -> int:
