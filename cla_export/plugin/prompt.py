@@ -14,7 +14,8 @@ _GROUP_ROWS = 64
 _KEYS = {64: 128, 128: 128, 256: 64}  # of a tile, by head dim
 _SLOTS = {64: 8, 128: 6, 256: 4}  # of the ring: what fits beside the queries
 _TURNS_TIME = 0.59  # of a block's that has 64 rows for each group: measured on an H200
-LEAST_FILLED = 0.75  # of the multiprocessors: below, rows are better split among blocks
+# Of the multiprocessors, by head dim: below, rows are better split among blocks.
+_LEAST_FILLED = {64: 0.65, 128: 0.45, 256: 0.45}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +77,21 @@ class PromptPlan:
         return 0
 
 
-def plan_prompt(
-    problem: Problem, gpu: Gpu, *, least_filled: float = LEAST_FILLED
-) -> PromptPlan | None:
+def plan_prompt(problem: Problem, gpu: Gpu, *, turns: bool | None = None) -> PromptPlan | None:
     """The plan for a call; None: it is for the other kernel, as where blocks would be too few.
 
-    Two groups of a block have 64 rows each, or share 64, whichever has the GPU done sooner.
+    Two groups of a block have 64 rows each, or share 64, whichever has the GPU done sooner; what is
+    given is taken as it is, for tests and sweeps.
     """
     if gpu.compute_capability != HOPPER or problem.head_dim not in _KEYS or problem.queries == 1:
         return None
     rows, lanes = problem.group * problem.queries, problem.kv_heads * problem.batch
     wide, narrow = (lanes * -(-rows // size) for size in (2 * _GROUP_ROWS, _GROUP_ROWS))
-    if narrow < least_filled * gpu.multiprocessors:
-        return None
-    waves = [-(-blocks // gpu.multiprocessors) for blocks in (wide, narrow)]
-    turns = waves[1] * _TURNS_TIME < waves[0]
+    if turns is None:
+        if narrow < _LEAST_FILLED[problem.head_dim] * gpu.multiprocessors:
+            return None
+        waves = [-(-blocks // gpu.multiprocessors) for blocks in (wide, narrow)]
+        turns = waves[1] * _TURNS_TIME < waves[0]
     variant = PromptVariant(
         problem.head_dim,
         problem.dtype == "bfloat16",
