@@ -56,7 +56,7 @@ class Quantization:
     def pack(
         self, weight: "NDArray[np.floating]"
     ) -> "tuple[NDArray[np.uint8], NDArray[np.floating]]":
-        """Quantise a weight [N, K]: packed and scales, the scales in the weight's dtype."""
+        """Quantise a float32 or float16 weight [N, K]: packed and scales, those in its dtype."""
         import numpy as np
 
         nbits = _quantizer()
