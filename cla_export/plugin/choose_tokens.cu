@@ -1,4 +1,4 @@
-// A token for each row of logits, on a GPU; follows decode_numbers.cu. A block a row, so that nothing of a row depends
+// A token for each row of logits, on a GPU; follows common.cu. A block a row, so that nothing of a row depends
 // on the others.
 //
 // What is drawn, and by which random numbers, is as in draw.py: a seed gives the tokens here that it gives there, but

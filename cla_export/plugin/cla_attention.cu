@@ -1,4 +1,5 @@
-// ClaAttention: attention over a key/value cache that it only reads. See contract.py for what it computes.
+// ClaAttention: attention over a key/value cache that it only reads. See contract.py for what it computes. Follows
+// common.cu.
 //
 // compile.py specialises this source by macros:
 //   HEAD_DIM  elements of a head, even, at most 512
@@ -14,11 +15,6 @@
 // the lengths, read on the device: long rows are split into more of them. An item that covers its row writes y;
 // otherwise partial sums go to a workspace and cla_attention_merge adds them in a fixed order.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-#define DEVICE __device__ __forceinline__
-#define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
 
 constexpr int KEYS = 16;  // of a tile
@@ -59,75 +55,18 @@ static_assert(RING_BYTES >= ROWS * SCRATCH * 4, "a ring is the merge's buffer to
 static_assert(!SHARED_KEYS || (CHUNK && CLUSTER == 1 && QUERY_IN_REGISTERS), "shared keys are for chunks");
 static_assert(HEAD_DIM % 2 == 0 && HEAD_DIM <= 512, "head dim");
 
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-DEVICE void load_matrices(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
 DEVICE void load_matrices_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
-#if BF16
-#define OPERAND "bf16"
-#else
-#define OPERAND "f16"
-#endif
-
-DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." OPERAND "." OPERAND ".f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-DEVICE u32 pack(float low, float high) {
-    u32 r;
-    asm("cvt.rn." OPERAND "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-DEVICE float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-DEVICE float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Copies GRANULE bytes, or writes zeros where `bytes` is 0.
-DEVICE void copy_async(u32 to, const void* from, int bytes) {
+DEVICE void copy_granule_async(u32 to, const void* from, int bytes) {
     if constexpr (GRANULE == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
                      :: "r"(to), "l"(from), "n"(GRANULE), "r"(bytes) : "memory");
-}
-
-DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int LEFT>
-DEVICE void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
-}
-
-DEVICE void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-DEVICE void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 #if CLUSTER > 1
@@ -155,7 +94,7 @@ DEVICE void copy_tile(u32 to, const char* from, int width, int limit) {
         if ((COPIES % 32 && index >= COPIES) || at >= width) return;
         const u32 there = to + Layout::chunk(key, at >> 4) + (at & 15);
         const bool valid = full || key < limit;
-        copy_async(there, from + (valid ? key : 0) * (HEAD_DIM * 2) + at, valid ? GRANULE : 0);
+        copy_granule_async(there, from + (valid ? key : 0) * (HEAD_DIM * 2) + at, valid ? GRANULE : 0);
     };
     if (limit >= KEYS)
         UNROLL for (int i = 0; i < (COPIES + 31) / 32; i++) copy(i, true);
@@ -259,7 +198,7 @@ DEVICE void store_pair(void* y, const Problem& p, int b, const Place& at, int ro
     if (column >= HEAD_DIM) return;
     row += at.first_row;
     const i64 head = ((i64)b * p.kv_heads + at.head) * p.group + p.head(row);
-    ((u32*)y)[((head * p.queries + p.query(row)) * HEAD_DIM + column) / 2] = pack(low, high);
+    ((u32*)y)[((head * p.queries + p.query(row)) * HEAD_DIM + column) / 2] = narrow(low, high);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -444,8 +383,8 @@ cla_attention(const u32* q, const char* keys, const char* values, const int* __r
                 score[half][i] = exp2_fast(score[half][i] - (i < 2 ? max_low : max_high));
         sum_low += score[0][0] + score[0][1] + score[1][0] + score[1][1];
         sum_high += score[0][2] + score[0][3] + score[1][2] + score[1][3];
-        const u32 weights[4] = {pack(score[0][0], score[0][1]), pack(score[0][2], score[0][3]),
-                                pack(score[1][0], score[1][1]), pack(score[1][2], score[1][3])};
+        const u32 weights[4] = {narrow(score[0][0], score[0][1]), narrow(score[0][2], score[0][3]),
+                                narrow(score[1][0], score[1][1]), narrow(score[1][2], score[1][3])};
         UNROLL for (int panel0 = 0; panel0 < PANELS; panel0 += BATCH) {
             if (panel0) load_values(panel0);
             UNROLL for (int j = 0; j < BATCH; j++)

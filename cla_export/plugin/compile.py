@@ -18,8 +18,8 @@ from cla_export.plugin.prompt import PromptVariant
 if TYPE_CHECKING:
     from cla_export.plugin.product import ProductPlan
 
+COMMON = Path(__file__).with_name("common.cu")  # comes before all but the reader
 SOURCE = Path(__file__).with_name("cla_attention.cu")
-NUMBERS = Path(__file__).with_name("decode_numbers.cu")  # comes before the next five
 OPERATORS = Path(__file__).with_name("decode_ops.cu")
 PRODUCT_TILE = Path(__file__).with_name("decode_tile.cu")
 PACKED_TILE = Path(__file__).with_name("decode_packed.cu")
@@ -125,7 +125,7 @@ def compile_operators(
 ) -> Any:  # noqa: ANN401
     """Machine code of decode_ops.cu; as `compile_kernel`."""
     macros = [("BF16", str(int(bf16)))]
-    return _compiled(_program_of((NUMBERS, OPERATORS), macros, compute_capability), cache)
+    return _compiled(_program_of((COMMON, OPERATORS), macros, compute_capability), cache)
 
 
 def compile_product(
@@ -137,7 +137,7 @@ def compile_product(
     """Machine code of decode_product.cu for the plan's tile; as `compile_kernel`."""
     tile = (PRODUCT_TILE,) if plan.bits == 16 else (PRODUCT_TILE, PACKED_TILE)
     return _compiled(
-        _program_of((NUMBERS, *tile, PRODUCT), plan.macros(bf16), compute_capability), cache
+        _program_of((COMMON, *tile, PRODUCT), plan.macros(bf16), compute_capability), cache
     )
 
 
@@ -146,7 +146,7 @@ def compile_choice(
 ) -> Any:  # noqa: ANN401
     """Machine code of choose_tokens.cu; as `compile_kernel`."""
     macros = [("BF16", str(int(bf16)))]
-    return _compiled(_program_of((NUMBERS, CHOICE), macros, compute_capability), cache)
+    return _compiled(_program_of((COMMON, CHOICE), macros, compute_capability), cache)
 
 
 def compile_reader(
@@ -181,7 +181,7 @@ def resources(variant: AnyVariant, compute_capability: tuple[int, int]) -> dict[
 
 
 def _program(variant: AnyVariant, compute_capability: tuple[int, int], *assembler: str) -> Any:  # noqa: ANN401
-    return _program_of((variant.source,), variant.macros, compute_capability, *assembler)
+    return _program_of((COMMON, variant.source), variant.macros, compute_capability, *assembler)
 
 
 def _program_of(

@@ -1,4 +1,4 @@
-// The small steps of a decoder around ClaAttention and the products, on a GPU; follows decode_numbers.cu.
+// The small steps of a decoder around ClaAttention and the products, on a GPU; follows common.cu.
 //
 // Every kernel lets the next one start while it runs, and waits for the one before it only when it needs its values.
 // Nothing is: to the compiler, such reads could be made before that wait.

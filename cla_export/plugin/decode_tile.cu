@@ -1,5 +1,5 @@
 // A tile of a product of a few tokens: its copies into shared memory, and its multiplication where weights have 16
-// bits; follows decode_numbers.cu, and decode_product.cu follows it, with decode_packed.cu in between for fewer bits.
+// bits; follows common.cu, and decode_product.cu follows it, with decode_packed.cu in between for fewer bits.
 //
 // compile.py specialises these sources by macros:
 //   BF16    1: bfloat16, 0: float16
@@ -9,42 +9,11 @@
 //   STAGES  depth of a block's ring
 //   GROUPS  1: warp groups multiply (Hopper's) 64 tokens, 0: warps do
 
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 // Where a piece of 16 bytes lies in a stage whose rows have 128, so that 8 rows never meet in a bank.
 DEVICE u32 place(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 
-DEVICE void copy_async(u32 to, const void* from, bool there) {  // zeros where it is not there
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-
 DEVICE void copy_word_async(u32 to, const void* from, int bytes) {  // and zeros behind them
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int LEFT>
-DEVICE void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
-}
-
-#if BF16
-#define OPERAND "bf16"
-#else
-#define OPERAND "f16"
-#endif
-
-DEVICE void load_matrices(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
-DEVICE void multiply(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." OPERAND "." OPERAND ".f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 constexpr int CHUNK = 1024 / BITS;               // columns of a stage, 128 bytes of a row

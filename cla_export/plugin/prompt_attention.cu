@@ -1,5 +1,5 @@
 // ClaAttention over a prompt, for Hopper: many query rows, on warp groups. See contract.py for what it computes, and
-// cla_attention.cu for the kernel of fewer rows, other head dims and other GPUs.
+// cla_attention.cu for the kernel of fewer rows, other head dims and other GPUs. Follows common.cu.
 //
 // prompt.py specialises this source by macros:
 //   HEAD_DIM  64, 128 or 256
@@ -10,15 +10,9 @@
 //
 // The query rows of a kv head (its query heads, times the positions of the chunk) fill blocks. In a block one warp
 // group copies: keys and values, a tile after the other, each into a slot of a ring. Two multiply, 64 rows each: scores
-// from shared memory, weights times values from registers. Slots go back and forth by barriers in shared memory, so nobody
-// waits for all. What multiplies should never rest while weights are made of scores: a group's products with one
+// from shared memory, weights times values from registers. Slots go back and forth by barriers in shared memory, so
+// nobody waits for all. What multiplies should never rest while weights are made of scores: a group's products with one
 // tile's values run beside its scores of the next, and the two groups queue their products in turn.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-#define DEVICE __device__ __forceinline__
-#define UNROLL _Pragma("unroll")
 
 constexpr int WARP_GROUP = 128;                  // threads
 constexpr int THREADS = 3 * WARP_GROUP;
@@ -33,32 +27,6 @@ constexpr float LEAST = -1e30f;                  // maximum of no scores: finite
 constexpr float LOG2E = 1.4426950408889634f;
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "head dim");
 static_assert(SUMS * WARP_GROUP * 4 <= SLOT_BYTES * 2, "the ring is the buffer of the merge too");
-
-#if BF16
-#define OPERAND "bf16"
-#else
-#define OPERAND "f16"
-#endif
-
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-DEVICE u32 pack(float low, float high) {
-    u32 r;
-    asm("cvt.rn." OPERAND "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-DEVICE float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-DEVICE float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // ---- barriers in shared memory, and copies
 
@@ -79,12 +47,6 @@ DEVICE bool passed(u32 at, u32 parity) {
                  : "=r"(yes) : "r"(at), "r"(parity) : "memory");
     return yes;
 }
-
-DEVICE void copy_async(u32 to, const void* from, bool there) {  // zeros where it is not there
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-
-DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until but LEFT groups of copies are there, and lets the multiplying groups see them.
 template <int LEFT>
@@ -226,7 +188,8 @@ cla_prompt(const unsigned short* q, const char* keys, const char* values, const 
         init_barrier(empty(threadIdx.x), 2 * WARP_GROUP / 32);
     }
     __syncthreads();
-    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+    let_next_kernel_start();
+    wait_for_previous_kernel();
 
     // Keys [begin, end) are seen by some row of the block.
     const int rows = min(shape.rows() - first_row, ROWS);
@@ -379,7 +342,7 @@ cla_prompt(const unsigned short* q, const char* keys, const char* values, const 
     };
     auto pack_weights = [&] {
         UNROLL for (int i = 0; i < KEYS / 16; i++)
-            UNROLL for (int j = 0; j < 4; j++) weights[i][j] = pack(scores[i * 8 + j * 2], scores[i * 8 + j * 2 + 1]);
+            UNROLL for (int j = 0; j < 4; j++) weights[i][j] = narrow(scores[i * 8 + j * 2], scores[i * 8 + j * 2 + 1]);
     };
 
     int tile = 0;
@@ -443,6 +406,6 @@ cla_prompt(const unsigned short* q, const char* keys, const char* values, const 
         u32* to = (u32*)(y + shape.at(b, kv_head, first_row + row)) + lane % 4;
         const float norm = j ? norm_high : norm_low;
         UNROLL for (int i = 0; i < SUMS / 4; i++)
-            to[i * 4] = pack(sums[i * 4 + j * 2] * norm, sums[i * 4 + j * 2 + 1] * norm);
+            to[i * 4] = narrow(sums[i * 4 + j * 2] * norm, sums[i * 4 + j * 2 + 1] * norm);
     }
 }
